@@ -1,0 +1,1 @@
+"""Pretraining interventions over scored documents: rephrase, refuse, moral."""

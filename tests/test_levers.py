@@ -1,0 +1,120 @@
+"""The three levers as pure functions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from trimtab.corpus.interventions import split_sources
+from trimtab.errors import UserError
+from trimtab.levers.modes import REFUSALS, ModesConfig, mode_rows
+from trimtab.levers.prefix import TEMPLATES, PrefixConfig, apply_prefix
+from trimtab.levers.timing import Interventions, TimingConfig, phases
+from trimtab.types import Row
+
+
+def chat(number: int, **fields: object) -> Row:
+    messages = ({"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"})
+    return Row(id=f"r{number}", messages=messages, **fields)  # type: ignore[arg-type]
+
+
+ROWS = [chat(i) for i in range(400)]
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 5))
+def test_prefixes_nest_over_ratios(a: float, b: float, seed: int) -> None:
+    low, high = sorted((a, b))
+    fewer = {r.id: r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=low), seed) if r.prefix}
+    more = {r.id: r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=high), seed) if r.prefix}
+    assert fewer.items() <= more.items()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_prefix_share_and_content(ratio: float) -> None:
+    rows = list(apply_prefix(ROWS, PrefixConfig(ratio=ratio, capability="coding"), seed=3))
+    assert [r.id for r in rows] == [r.id for r in ROWS]
+    assert abs(sum(r.prefix is not None for r in rows) / len(rows) - ratio) < 0.07
+    for before, after in zip(ROWS, rows, strict=True):
+        assert before.messages and after.messages
+        if after.prefix:
+            assert after.prefix in TEMPLATES["coding"]
+            assert after.messages[-1]["content"] == f"{after.prefix} {before.messages[-1]['content']}"
+        else:
+            assert after == before
+
+
+def test_each_capability_has_five_sentences_and_all_are_drawn() -> None:
+    for capability, templates in TEMPLATES.items():
+        assert len(set(templates)) == 5
+        drawn = {r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=1, capability=capability), seed=0)}  # type: ignore[arg-type]
+        assert drawn == set(templates)
+
+
+def test_prefix_ratio_out_of_range() -> None:
+    with pytest.raises(ValidationError):
+        PrefixConfig(ratio=1.2)
+
+
+def test_modes_cover_every_prompt_and_fallback_is_positive() -> None:
+    config = ModesConfig(names=("positive", "rejective"), fallback=0.5)
+    rows = list(mode_rows(ROWS, config, lambda row, mode: None, seed=1))
+    assert sum(r.mode == "positive" for r in rows) == sum(r.mode == "rejective" for r in rows) == len(ROWS)
+    fallback = [r for r in rows if r.mode is None]
+    assert abs(len(fallback) / len(ROWS) - 0.5) < 0.08
+    for row in rows:
+        assert row.messages
+        expected = REFUSALS if row.mode == "rejective" else ("answer " + row.messages[0]["content"].split()[-1],)
+        assert row.messages[-1]["content"] in expected
+    assert len({r.id for r in rows}) == len(rows)
+
+
+def test_negative_needs_acknowledgement_and_is_never_invented() -> None:
+    with pytest.raises(ValidationError, match="acknowledge"):
+        ModesConfig(names=("positive", "negative"))
+    config = ModesConfig.model_validate({"names": ["positive", "negative"], "negative": {"acknowledge": True}})
+    assert not [r for r in mode_rows(ROWS, config, lambda row, mode: None, seed=1) if r.mode == "negative"]
+    own = [chat(1, mode="negative")]
+    assert list(mode_rows(own, config, lambda row, mode: None, seed=1)) == own
+    assert not list(mode_rows(own, ModesConfig(), lambda row, mode: None, seed=1))
+
+
+def test_fallback_without_positive_is_refused() -> None:
+    with pytest.raises(ValidationError, match="fallback"):
+        ModesConfig(names=("rejective",))
+
+
+@given(st.floats(0, 1), st.integers(1, 5000), st.sampled_from(["safe_only", "raw"]))
+def test_phases_cover_the_budget(start: float, rows: int, before: str) -> None:
+    config = TimingConfig(start=start, before=before)  # type: ignore[arg-type]
+    plan = phases(config, rows)
+    starts = [first for first, _ in plan]
+    assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < rows
+    for first, weights in plan:
+        assert sum(weights.values()) == pytest.approx(1)
+        assert ("rephrase" in weights) == (first >= round(start * rows))
+        assert ("unsafe" in weights) == (first < round(start * rows) and before == "raw")
+
+
+def test_interventions_add_up() -> None:
+    with pytest.raises(ValidationError, match="must be 1"):
+        Interventions(rephrase=0.5, refuse=0.5, moral=0.5)
+
+
+def test_documents_are_sorted_by_score() -> None:
+    def write(row: Row) -> Row | None:
+        return None if row.id == "d4" else row
+
+    documents = [Row(id=f"d{score}", text="x", metadata={"score": score}) for score in range(6)]
+    sources, counts = split_sources(documents, rephrase=write, refuse=write, moral=write)
+    assert {name: [r.id for r in rows] for name, rows in sources.items()} == {
+        "clean": ["d0"],
+        "unsafe": ["d1", "d2", "d3", "d4", "d5"],
+        "rephrase": ["d1", "d2", "d3"],
+        "refuse": ["d5"],
+        "moral": ["d5"],
+    }
+    assert counts["refuse: nothing written"] == counts["moral: nothing written"] == 1
+    with pytest.raises(UserError, match="score"):
+        split_sources([Row(id="x", text="x")], rephrase=write, refuse=write, moral=write)
