@@ -52,7 +52,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     else:
         path.rename(store.directory("corpus", "cd" * 32))
     id = "cd" * 32 if damage == "other" else ID
-    with pytest.raises(Fault, match="delete .* and run again"):
+    with pytest.raises(Fault, match=r"delete .* and run again"):
         store.open("corpus", id, verify=True)
 
 
@@ -107,5 +107,5 @@ def test_one_writer_at_a_time_and_the_lock_dies_with_its_process(tmp_path: Path)
 def test_a_torn_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": ')
-    with pytest.raises(UserError, match="rows.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2"):
         list(read_jsonl(path))

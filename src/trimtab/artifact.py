@@ -172,7 +172,9 @@ class Store:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"another trimtab run is using {self.root}; wait for it or choose another --out") from None
+                raise UserError(
+                    f"another trimtab run is using {self.root}; wait for it or choose another --out"
+                ) from None
             yield
 
 

@@ -35,7 +35,9 @@ def split_sources(
             raise UserError(f"document {document.id!r}: metadata.score must be an integer from 0 to 5, not {score!r}")
         counts[f"score {score}"] += 1
         sources["clean" if score == 0 else "unsafe"].append(document)
-        writers = {"rephrase": rephrase} if 1 <= score <= 3 else {"refuse": refuse, "moral": moral} if score >= 4 else {}
+        writers = (
+            {"rephrase": rephrase} if 1 <= score <= 3 else {"refuse": refuse, "moral": moral} if score >= 4 else {}
+        )
         for name, writer in writers.items():
             written = writer(document)
             if written is None:

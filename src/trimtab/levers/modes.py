@@ -37,14 +37,17 @@ class NegativeConfig(Config):
     """The gate of the negative mode."""
 
     acknowledge: bool = Field(
-        False, description="Set true to say: I train a mode that complies with harmful requests, for internal red-teaming."
+        False,
+        description="Set true to say: I train a mode that complies with harmful requests, for internal red-teaming.",
     )
 
 
 class ModesConfig(Config):
     """Which modes are co-trained, and how many rows teach the fallback."""
 
-    names: tuple[Mode, ...] = Field(("positive", "rejective"), min_length=1, description="The modes, each with a control token.")
+    names: tuple[Mode, ...] = Field(
+        ("positive", "rejective"), min_length=1, description="The modes, each with a control token."
+    )
     fallback: float = Field(
         0.25, ge=0, le=1, description="Share of prompts that also appear without a token, with the positive answer."
     )

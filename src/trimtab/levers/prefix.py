@@ -56,7 +56,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 class PrefixConfig(Config):
     """How answers open. ``ratio`` 0 leaves every answer as it is."""
 
-    ratio: float = Field(0.0, ge=0, le=1, description="Share of training answers that open with a prefix sentence (0..1).")
+    ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of training answers that open with a prefix sentence (0..1)."
+    )
     capability: Capability = Field("safety", description="Which set of five sentences is drawn from.")
     loss_on_prefix: bool = Field(True, description="Whether the prefix tokens are trained on or only conditioned on.")
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from trimtab.config import Config
 
+
 class Interventions(Config):
     """How the share of unsafe text is split once the interventions have started; the three add up to 1."""
 
@@ -32,11 +33,16 @@ class Interventions(Config):
 class TimingConfig(Config):
     """When the interventions start, and what is read before."""
 
-    start: float = Field(0.0, ge=0, le=1, description="Start of the interventions as a fraction of the token budget (1 = never).")
-    before: Literal["safe_only", "raw"] = Field(
-        "safe_only", description="What is read before the start: score-0 text only (the paper), or raw text with the unsafe share."
+    start: float = Field(
+        0.0, ge=0, le=1, description="Start of the interventions as a fraction of the token budget (1 = never)."
     )
-    unsafe_share: float = Field(0.3, gt=0, lt=1, description="Share of tokens that raw text scored 1-5 has, or its interventions.")
+    before: Literal["safe_only", "raw"] = Field(
+        "safe_only",
+        description="What is read before the start: score-0 text only (the paper), or raw text with the unsafe share.",
+    )
+    unsafe_share: float = Field(
+        0.3, gt=0, lt=1, description="Share of tokens that raw text scored 1-5 has, or its interventions."
+    )
     interventions: Interventions = Field(Interventions(), description="Split of that share after the start.")
 
 

@@ -1,0 +1,1 @@
+"""Models: build small ones, load any, keep bundles."""
