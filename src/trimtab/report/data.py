@@ -1,0 +1,254 @@
+"""What a report is made of: plain dataclasses that a study fills and ``html.write_report`` draws.
+
+Everything is JSON-ready (``ReportData.to_json`` / ``from_json``), so a report can be rebuilt from its own
+``results.json``. ``check`` refuses data that contradicts itself (a result of an arm that is not listed, a finding
+without figures) instead of drawing a report with a silent hole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from trimtab.errors import UserError
+from trimtab.types import Result, Verdict
+
+Scalar = str | int | float | bool | None
+FORMAT = 1
+"""Version of ``results.json``."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the study, or one seed of one: arms that differ in ``id`` and ``seed`` alone are shown as one.
+
+    group     what the arm varies: "timing", "prefix", "mode" or any other heading
+    settings  only the fields that differ between the arms of the study, e.g. {"timing.start": 0.2}
+    """
+
+    id: str
+    label: str
+    group: str
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def family(self) -> tuple[str, str, str]:
+        """What several seeds of one arm share."""
+        return self.group, self.label, repr(sorted(self.settings.items()))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step of the study. ``tokens`` trained or generated, ``seconds`` of wall time, ``peak_memory`` in bytes."""
+
+    step: str
+    kind: str
+    arms: Sequence[str]
+    tokens: int
+    flops: float
+    seconds: float
+    peak_memory: int | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what each arm answered.
+
+    answers  arm id -> list of answers (one per mode, where an arm has modes); each a dict with text, verdict
+             (safe | unsafe | unscored), refusal (full | partial | none | None), mode (or None). A single dict is
+             taken as a list of one.
+    """
+
+    task: str
+    row_id: str
+    prompt: Sequence[Mapping[str, str]]
+    harm: str | None
+    answers: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        listed = {arm: [a] if isinstance(a, Mapping) else list(a) for arm, a in self.answers.items()}
+        object.__setattr__(self, "answers", listed)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the findings. The report prints the figures of ``metric`` for ``arms`` beneath it.
+
+    ``category``, ``stage`` and ``mode`` narrow those figures, None takes all; an empty ``metric`` prints none.
+    """
+
+    text: str
+    arms: Sequence[str] = ()
+    metric: str = ""
+    category: str | None = None
+    stage: str | None = None
+    mode: str | None = None
+
+    def matches(self, result: Result) -> bool:
+        wanted = ((self.category, result.category), (self.stage, result.stage), (self.mode, result.mode))
+        return result.metric == self.metric and all(want is None or want == has for want, has in wanted)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Mode asked x behaviour shown, in answers: ``counts[i][j]`` answers to ``modes[i]`` showed ``behaviours[j]``."""
+
+    arm: str
+    task: str
+    modes: Sequence[str]
+    behaviours: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, arm: str, task: str, shown: Iterable[tuple[str, str]]) -> Matrix:
+        """Count (mode asked, behaviour shown) pairs; modes in order of appearance, behaviours as in BEHAVIOURS."""
+        count = Counter(shown)
+        modes = list(dict.fromkeys(mode for mode, _ in count))
+        seen = {behaviour for _, behaviour in count}
+        behaviours = [b for b in BEHAVIOURS if b in seen] + sorted(seen - set(BEHAVIOURS))
+        return cls(arm, task, modes, behaviours, [[count[m, b] for b in behaviours] for m in modes])
+
+
+BEHAVIOURS = ("constructive", "refusal", "risk", "answered", "unscored")
+
+
+def behaviour_of(verdict: Verdict) -> str:
+    """The behaviour that an answer showed, for ``Matrix.of``: the constructive class (2508.14904, sec. 4.4) where
+    the judge gave one, else refusal / risk / answered; an unscored answer stays ``unscored``."""
+    if verdict.verdict == "unscored":
+        return "unscored"
+    if verdict.constructive is not None:
+        return ("risk", "refusal", "constructive")[verdict.constructive]
+    if verdict.refusal in ("full", "partial"):
+        return "refusal"
+    return "risk" if verdict.verdict == "unsafe" else "answered"
+
+
+@dataclass
+class ReportData:
+    """Everything in a report.
+
+    summary      paragraphs in plain words
+    levers       which levers the study pulls: "timing", "prefix", "mode"; each is explained in the report
+    metrics      metric id -> {"label", "description", "direction": higher | lower | none}
+    headline     metric ids drawn first and unfolded; empty: all of them
+    comparisons  paired differences: metric, a, b (arm ids), task (or category), n, difference (b minus a, on the
+                 metric's range), low, high, p, p_holm, discordant (pairs, or how many); optional stage, seed,
+                 mode (or mode_a, mode_b)
+    curves       arm id -> rows of a training log: tokens, loss, by_source and by_span ({name: {loss, ...}}), and an
+                 optional "stage" (stages are drawn apart)
+    exposure     arm id -> [{"tokens": tokens seen at the end of the interval, "shares": {source: share in it}}]
+    """
+
+    name: str
+    title: str
+    question: str = ""
+    summary: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    levers: list[str] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
+    headline: list[str] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    exposure: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    recipe_yaml: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise ``UserError`` naming the field that contradicts the list of arms, or a finding without figures."""
+        ids = [arm.id for arm in self.arms]
+        twice = sorted(i for i, n in Counter(ids).items() if n > 1)
+        if twice:
+            raise UserError(f"report {self.name!r}: arms: id {twice[0]!r} is given twice; ids must differ")
+        named = (
+            [("results", r.arm) for r in self.results]
+            + [("comparisons", str(c.get(side))) for c in self.comparisons for side in "ab"]
+            + [("matrices", m.arm) for m in self.matrices]
+            + [("curves", a) for a in self.curves]
+            + [("exposure", a) for a in self.exposure]
+            + [("costs", a) for c in self.costs for a in c.arms]
+            + [("samples", a) for s in self.samples for a in s.answers]
+            + [("findings", a) for f in self.findings for a in f.arms]
+        )
+        for where, arm in named:
+            if arm not in ids:
+                raise UserError(f"report {self.name!r}: {where}: no arm {arm!r}; list it under arms")
+        for finding in self.findings:
+            if finding.metric and not any(finding.matches(r) for r in self.results):
+                raise UserError(
+                    f"report {self.name!r}: findings: no result of metric {finding.metric!r} for {finding.text!r}"
+                )
+        for result in self.results:
+            if result.low > result.high:  # a bootstrap interval may miss its value by a hair, but is never reversed
+                where = f"{result.metric} of {result.arm}"
+                raise UserError(f"report {self.name!r}: results: {where}: the interval's low end is above its high end")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict; numbers that JSON cannot hold (NaN, infinity) become the strings "nan", "inf", "-inf"."""
+        data: dict[str, Any] = _jsonable({f.name: getattr(self, f.name) for f in fields(self)})
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ReportData:
+        """Inverse of ``to_json``; an unknown field or version is a ``UserError``."""
+        values = dict(data)
+        if values.pop("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"report data has format {data['format']!r}, this version reads {FORMAT}; run the study again"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"report data: unknown field {unknown[0]!r}")
+        try:
+            for name, make in _PARTS.items():
+                if name in values:
+                    values[name] = [make(**part) for part in values[name]]
+            values["results"] = [_result(r) for r in values.get("results", [])]
+            for row in values.get("comparisons", []):
+                row.update({k: _number(v) for k, v in row.items() if k in _NUMBERS})
+            return cls(**values)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"report data: {error}") from error
+
+
+_PARTS: dict[str, Any] = {"arms": Arm, "findings": Finding, "matrices": Matrix, "costs": Cost, "samples": Sample}
+_NUMBERS = ("difference", "low", "high", "p", "p_holm")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return _jsonable(asdict(value))
+    return value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _result(data: Mapping[str, Any]) -> Result:
+    values = {k: _number(v) for k, v in data.items()}
+    if "range" in values:
+        low, high = (_number(v) for v in values["range"])
+        values["range"] = (low, high)
+    return Result(**values)

@@ -1,0 +1,339 @@
+"""``write_report``: a study's results as one HTML file that opens anywhere, with its figures as CSV and JSON.
+
+The file is whole in itself: style and figures are inline, there is no script and nothing is fetched. Everything that
+came from data is escaped by the template (autoescape) after strange characters were written out. The same data gives
+the same bytes. All three files are rendered before the first is written, each is replaced in one step, and
+``report.html`` comes last: a failure leaves the old report as it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from trimtab.artifact import write_atomic
+from trimtab.report import figures as figs
+from trimtab.report import format as fmt
+from trimtab.report.data import Cost, ReportData, Sample
+from trimtab.report.view import Measure, View
+from trimtab.report.words import explain
+
+HERE = Path(__file__).parent
+OPEN_SAMPLES = 3
+ANSWER_LIMIT = 4000
+"""Characters of one answer or message that the page shows; ``results.json`` holds all of it."""
+
+
+def write_report(data: ReportData, out: Path) -> Path:
+    """Write ``report.html``, ``figures.csv`` and ``results.json`` into ``out``; returns the path of the first.
+
+    Raises ``UserError`` where the data contradicts itself and ``Fault`` on a full disk; existing files then stay.
+    """
+    data.check()
+    view = View(data)
+    page, rows = render(view)
+    files = {
+        "figures.csv": _csv(rows),
+        "results.json": json.dumps(data.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": page,
+    }
+    encoded = {name: text.encode("utf-8", "backslashreplace") for name, text in files.items()}
+    for name, content in encoded.items():
+        write_atomic(out / name, content)
+    return out / "report.html"
+
+
+def render(view: View) -> tuple[str, list[dict[str, Any]]]:
+    """The page, and the rows of ``figures.csv``."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    forests, matrices = figs.forests(view), figs.matrices(view)
+    together, apart = figs.losses(view)
+    exposures = figs.exposures(view)
+    env = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda v: fmt.visible(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    data = view.data
+    page = env.get_template("template.html.jinja").render(
+        data=data,
+        view=view,
+        fmt=fmt,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        levers=explain(data.levers),
+        findings=[(finding, *view.evidence(finding)) for finding in data.findings],
+        totals=_totals(data.costs),
+        arms=_arms(view),
+        tables=[_table(view, group) for group in view.groups],
+        headline=[figure for measure, figure in forests if view.is_headline(measure.metric)],
+        further=[figure for measure, figure in forests if not view.is_headline(measure.metric)],
+        matrices=matrices,
+        losses=together,
+        losses_apart=apart,
+        exposures=exposures,
+        comparisons=[_comparison(view, c) for c in data.comparisons],
+        intervals=sorted({name for cell in view.cells.values() for name in cell.intervals}),
+        costs=data.costs,
+        samples=[_sample(view, sample) for sample in data.samples],
+        open_samples=OPEN_SAMPLES,
+    )
+    page = page.lstrip()
+    drawn = [*matrices, *together, *apart, *exposures]
+    keys = {measure: figure.key for measure, figure in forests}
+    return page, [
+        *_result_rows(view, keys),
+        *_comparison_rows(data),
+        *(r for f in drawn for r in f.rows),
+        *_cost_rows(data.costs),
+    ]
+
+
+def _arms(view: View) -> list[dict[str, Any]]:
+    """The overview: every arm, what sets it apart, its seeds and the tokens of the steps it needs."""
+    rows = []
+    for family in view.families:
+        steps = [c for c in view.data.costs if set(c.arms) & set(family.ids)]
+        rows.append(
+            {
+                "label": family.label,
+                "ids": family.ids,
+                "group": family.group,
+                "settings": [(k, fmt.setting(v)) for k, v in family.arms[0].settings.items()],
+                "seeds": [arm.seed for arm in family.arms]
+                if len(family.arms) > 1
+                else view.data.seeds or [family.arms[0].seed],
+                "tokens": sum(c.tokens for c in steps),
+                "figures": sum(1 for _, arm, _ in view.cells if arm == family.id),
+            }
+        )
+    return rows
+
+
+def _table(view: View, group: str) -> dict[str, Any]:
+    """One group's results: arms (and modes) across, measures down; an empty cell says that nothing was measured."""
+    columns = view.columns(group)
+    rows = []
+    for measure in view.measures:
+        cells = [view.cell(measure, column) for column in columns]
+        if any(cell is not None for cell in cells):
+            rows.append({"measure": measure, "cells": cells, "best": view.direction(measure.metric)})
+    settings = list(dict.fromkeys(k for f in view.members(group) for k in f.arms[0].settings))
+    shown = [
+        (
+            key,
+            [fmt.setting(c.family.arms[0].settings[key]) if key in c.family.arms[0].settings else "–" for c in columns],
+        )
+        for key in settings
+    ]
+    return {"group": group, "columns": columns, "rows": rows, "settings": shown}
+
+
+def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the paired differences; ``reading`` says in words what the Holm-adjusted test supports."""
+    metric, value = str(c.get("metric", "")), _float(c.get("difference"))
+    share, p = view.share(metric), c.get("p_holm", c.get("p"))
+    better = {"higher is better": 1, "lower is better": -1}.get(view.direction(metric), 0)
+    reading = "no clear difference"
+    if math.isnan(value):
+        reading = "not scored"
+    elif p is not None and not math.isnan(p) and p < 0.05 and value:
+        reading = "rose" if value > 0 else "fell"
+        if better:
+            reading += ": better" if value * better > 0 else ": worse"
+    mode = c.get("mode")
+    sides = [
+        " · ".join(p for p in (view.family(str(c[side])).label, str(c.get(f"mode_{side}") or mode or "")) if p)
+        for side in "ab"
+    ]
+    what = [view.label(metric), c.get("task") or c.get("category") or "", c.get("stage") or ""]
+    what += [f"seed {c['seed']}"] if c.get("seed") is not None else []
+    return {
+        "what": what[0],
+        "where": " · ".join(str(w) for w in what[1:] if w),
+        "a": sides[0],
+        "b": sides[1],
+        "difference": fmt.difference(value, _float(c.get("low")), _float(c.get("high")), share),
+        "p": fmt.p_value(c.get("p")),
+        "p_holm": fmt.p_value(c.get("p_holm")),
+        "n": c.get("n"),
+        "small": (c.get("n") or 0) < fmt.SMALL_N,
+        "discordant": _count(c.get("discordant")),
+        "headline": view.is_headline(metric),
+        "reading": reading,
+        "is_clear": reading not in ("no clear difference", "not scored"),
+    }
+
+
+def _totals(costs: Iterable[Cost]) -> dict[str, Any] | None:
+    """Sums over the steps as done, and as if every arm had done each of its steps alone."""
+    steps = list(costs)
+    if not steps:
+        return None
+    times = [max(len(c.arms), 1) for c in steps]
+    return {
+        "tokens": sum(c.tokens for c in steps),
+        "flops": sum(c.flops for c in steps),
+        "seconds": sum(c.seconds for c in steps),
+        "peak": max((c.peak_memory for c in steps if c.peak_memory is not None), default=None),
+        "alone_tokens": sum(c.tokens * t for c, t in zip(steps, times)),
+        "alone_flops": sum(c.flops * t for c, t in zip(steps, times)),
+        "alone_seconds": sum(c.seconds * t for c, t in zip(steps, times)),
+        "cached": sum(c.cached for c in steps),
+        "steps": len(steps),
+    }
+
+
+def _sample(view: View, sample: Sample) -> dict[str, Any]:
+    answers = [
+        {
+            **answer,
+            **_cut(str(answer.get("text") or "")),
+            "label": view.family(arm).label,
+            "group": view.family(arm).group,
+        }
+        for arm in [i for f in view.families for i in f.ids if i in sample.answers]
+        for answer in sample.answers[arm]
+    ]
+    prompt = [{"role": str(m.get("role", "")), **_cut(str(m.get("content", "")))} for m in sample.prompt]
+    asked = next((str(m.get("content", "")) for m in reversed(sample.prompt) if m.get("role") == "user"), sample.row_id)
+    return {"sample": sample, "asked": fmt.one_line(asked, 120), "prompt": prompt, "answers": answers}
+
+
+def _cut(text: str) -> dict[str, Any]:
+    return {"text": text[:ANSWER_LIMIT], "more": max(0, len(text) - ANSWER_LIMIT)}
+
+
+_FIELDS = (
+    "section",
+    "figure",
+    "arm",
+    "label",
+    "group",
+    "stage",
+    "mode",
+    "task",
+    "metric",
+    "series",
+    "seed",
+    "x",
+    "value",
+    "low",
+    "high",
+    "n",
+    "unscored",
+    "interval",
+    "p",
+    "p_holm",
+    "discordant",
+    "seconds",
+    "flops",
+    "cached",
+)
+
+
+def _result_rows(view: View, keys: Mapping[Measure, str]) -> Iterable[dict[str, Any]]:
+    """Every result as it came ("result", each seed), then every figure as it is shown ("shown")."""
+    for r in view.data.results:
+        family = view.family(r.arm)
+        yield {
+            "section": "result",
+            "figure": keys[Measure.of(r)],
+            "arm": r.arm,
+            "label": family.label,
+            "group": family.group,
+            "stage": r.stage,
+            "mode": r.mode,
+            "task": r.category,
+            "metric": r.metric,
+            "seed": r.seed,
+            "value": r.value,
+            "low": r.low,
+            "high": r.high,
+            "n": r.n,
+            "unscored": r.unscored,
+            "interval": r.interval,
+        }
+    for (measure, arm, mode), cell in view.cells.items():
+        family = view.family(arm)
+        yield {
+            "section": "shown",
+            "figure": keys[measure],
+            "arm": arm,
+            "label": family.label,
+            "group": family.group,
+            "stage": measure.stage,
+            "mode": mode,
+            "task": measure.category,
+            "metric": measure.metric,
+            "value": cell.value,
+            "low": cell.low,
+            "high": cell.high,
+            "n": cell.n[0],
+            "unscored": cell.unscored,
+            "interval": "+".join(cell.intervals),
+        }
+
+
+def _comparison_rows(data: ReportData) -> Iterable[dict[str, Any]]:
+    for c in data.comparisons:
+        yield {
+            "section": "comparison",
+            "arm": c.get("a"),
+            "series": c.get("b"),
+            "task": c.get("task") or c.get("category"),
+            "value": c.get("difference"),
+            "discordant": _count(c.get("discordant")),
+            **{k: c.get(k) for k in ("stage", "mode", "metric", "seed", "low", "high", "n", "p", "p_holm")},
+        }
+
+
+def _cost_rows(costs: Iterable[Cost]) -> Iterable[dict[str, Any]]:
+    for c in costs:
+        yield {
+            "section": "cost",
+            "series": c.step,
+            "arm": " ".join(c.arms),
+            "metric": c.kind,
+            "x": c.peak_memory,
+            "value": c.tokens,
+            "flops": c.flops,
+            "seconds": c.seconds,
+            "cached": c.cached,
+        }
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: _csv_value(v) for k, v in row.items()})
+    return buffer.getvalue()
+
+
+def _csv_value(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets a leading apostrophe; floats keep eight digits."""
+    if isinstance(value, str):
+        text = fmt.visible(value)
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\n") else text
+    return f"{value:.8g}" if isinstance(value, float) else value
+
+
+def _count(value: Any) -> Any:
+    """How many discordant pairs, where they are given one by one."""
+    return len(value) if isinstance(value, (list, tuple)) else value
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
