@@ -1,0 +1,1 @@
+"""One training loop for pretraining and SFT, with its settings, schedule, state and log."""
