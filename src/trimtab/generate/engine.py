@@ -83,9 +83,7 @@ class Engine:
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
-    def around(
-        cls, model: Any, tokenizer: Any, *, stops: Collection[int] = (), allow: Collection[int] = ()
-    ) -> Engine:
+    def around(cls, model: Any, tokenizer: Any, *, stops: Collection[int] = (), allow: Collection[int] = ()) -> Engine:
         """An engine for a model and its tokenizer: their stop ids and ``stops`` (the chat template's, say) end an
         answer, and ``guard_ids`` but ``allow`` are banned."""
         ends = stop_ids(model, tokenizer) | set(stops)

@@ -1,0 +1,37 @@
+"""``trimtab run``: do what is missing of a study and write its report."""
+
+from __future__ import annotations
+
+import time
+
+import typer
+
+from trimtab.cli.options import Out, Overrides, RecipePath, study_directory
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def run(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
+        """Run a study; steps that are done are not done again. Prints the path of the report."""
+        from trimtab.recipe.load import load_recipe
+        from trimtab.report.gather import report_is_current, report_study
+        from trimtab.study.execute import execute
+        from trimtab.study.plan import make_plan
+        from trimtab.study.progress import make_reporter
+
+        started = time.monotonic()
+        model, arms = load_recipe(recipe, set_ or [])
+        plan = make_plan(model, arms)
+        directory = study_directory(out, model.name)
+        reporter = make_reporter()
+        try:
+            done = execute(plan, directory, reporter)
+        finally:
+            reporter.close()
+        if not done and report_is_current(directory):
+            print(f"nothing to do: all {len(plan.steps)} steps are done")
+            print(directory / "report.html")
+            return
+        path = report_study(directory)
+        print(f"{done} of {len(plan.steps)} steps done in {time.monotonic() - started:.0f} s; the rest was done before")
+        print(path)

@@ -1,0 +1,1 @@
+"""Panels, judges, metrics and their statistics. Torch-free."""

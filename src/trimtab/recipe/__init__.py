@@ -1,0 +1,1 @@
+"""The typed recipe: YAML plus overrides, and errors that name the field."""

@@ -1,0 +1,209 @@
+"""The recipe: one YAML file that describes a study as stages x arms x seeds.
+
+``stages`` are defined once; an arm group sets or sweeps any of their fields by dotted path, and says through which
+stages its arms go. Equal steps of different arms are one step (see ``study.plan``).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trimtab.config import Config
+from trimtab.data.sources import SourceConfig
+from trimtab.evaluate.panel import TaskConfig
+from trimtab.generate.config import Sampling
+from trimtab.levers.modes import Mode, ModesConfig
+from trimtab.levers.prefix import PrefixConfig
+from trimtab.levers.timing import TimingConfig
+from trimtab.models.config import BuildConfig, LoadConfig
+from trimtab.recipe.fields import Tokens
+from trimtab.train.config import TrainConfig
+from trimtab.world.config import TidewaterConfig
+
+ModelRef = str | LoadConfig
+
+
+class CorpusStage(Config):
+    """Tidewater's documents, sorted by safety score, and the interventions written from them."""
+
+    kind: Literal["corpus"] = Field(description="Always 'corpus'.")
+
+
+class PretrainStage(Config):
+    """Train a small Llama from scratch on a corpus, under a timing curriculum."""
+
+    kind: Literal["pretrain"] = Field(description="Always 'pretrain'.")
+    corpus: str = Field(description="Name of the corpus stage.")
+    model: BuildConfig = Field(description="Shape of the model and size of its vocabulary.")
+    budget: Tokens = Field(description="Tokens to train on, such as 600k or 600B; rounded down to whole steps.")
+    length: int = Field(128, ge=16, description="Tokens per packed row; at most the model's context.")
+    timing: TimingConfig = Field(TimingConfig(), description="The timing lever.")
+    train: TrainConfig = Field(description="Optimiser, schedule, batch and logging.")
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> PretrainStage:
+        if self.length > self.model.context:
+            raise ValueError(
+                f"length ({self.length}) is more than model.context ({self.model.context}); change one of them"
+            )
+        return self
+
+
+class ChatSource(Config):
+    """One part of a chat training set: a kind of Tidewater request, or a file, package or Hub set."""
+
+    name: str = Field(description="Name under which its loss is logged.")
+    tidewater: str | None = Field(None, description="Kind of Tidewater request (see docs/tidewater.md).")
+    source: SourceConfig | None = Field(None, description="A local file, packaged file or Hub set of chat rows.")
+    n: int | None = Field(None, gt=0, description="Rows to take; needed for Tidewater.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ChatSource:
+        if (self.tidewater is None) == (self.source is None):
+            raise ValueError("give exactly one of 'tidewater' and 'source'")
+        if self.tidewater is not None and self.n is None:
+            raise ValueError("a Tidewater part needs 'n', the number of rows")
+        return self
+
+
+class SftStage(Config):
+    """Train on chats: instruction tuning, the prefix lever and the mode lever, and any finetuning that follows."""
+
+    kind: Literal["sft"] = Field(description="Always 'sft'.")
+    model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
+    data: tuple[ChatSource, ...] = Field(min_length=1, description="What is trained on.")
+    prefix: PrefixConfig = Field(PrefixConfig(), description="The prefix lever.")
+    modes: ModesConfig | None = Field(None, description="The mode lever; null trains the positive answers alone.")
+    length: int = Field(128, ge=16, description="Tokens per packed row; a longer example is dropped and counted.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    train: TrainConfig = Field(description="Optimiser, schedule, batch and logging.")
+
+
+class GenerateStage(Config):
+    """Let a model answer the panel's prompts."""
+
+    kind: Literal["generate"] = Field(description="Always 'generate'.")
+    model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="The prompts.")
+    modes: tuple[Mode, ...] | None = Field(
+        None, description="Modes to answer in; null asks once, without a control token."
+    )
+    sampling: Sampling = Field(Sampling(), description="Decoding.")
+
+
+class JudgeStage(Config):
+    """Judge the answers and count."""
+
+    kind: Literal["judge"] = Field(description="Always 'judge'.")
+    answers: str = Field(description="Name of the generate stage.")
+
+
+Stage = Annotated[CorpusStage | PretrainStage | SftStage | GenerateStage | JudgeStage, Field(discriminator="kind")]
+
+
+class ArmGroup(Config):
+    """Arms that are read together: the lever they pull, what they set, what they sweep."""
+
+    name: str = Field(description="Name of the group; 'timing', 'prefix' and 'mode' are explained in the report.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Dotted path -> value, for all arms of the group.")
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Dotted path -> values; several paths make a product."
+    )
+    stages: tuple[str, ...] | None = Field(None, description="Stages that these arms go through; null means all.")
+    labels: tuple[str, ...] | None = Field(
+        None, description="A label for each arm, in sweep order; null names them by value."
+    )
+    baseline: int | str = Field(
+        0,
+        description="What these arms are compared with: an arm of the group (0 = the first), or the label of any arm.",
+    )
+
+    @field_validator("sweep")
+    @classmethod
+    def _values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for path, values in value.items():
+            if not values:
+                raise ValueError(f"{path} has no values to sweep")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_match(self) -> ArmGroup:
+        size = 1
+        for values in self.sweep.values():
+            size *= len(values)
+        if self.labels is not None and (len(self.labels) != size or len(set(self.labels)) != size):
+            raise ValueError(f"'labels' needs {size} different labels, one for each arm of the sweep")
+        if isinstance(self.baseline, int) and not 0 <= self.baseline < size:
+            raise ValueError(f"'baseline' is {self.baseline}, but the group has {size} arm(s), counted from 0")
+        return self
+
+
+class Recipe(Config):
+    """A study. See docs/recipe.md for every field."""
+
+    name: str = Field(description="Short name; the results go to runs/<name>.")
+    title: str = Field("", description="Title of the report.")
+    question: str = Field("", description="What the study asks, in a sentence or two.")
+    notes: tuple[str, ...] = Field((), description="Sentences that the report prints as they are.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Every arm is run once per seed.")
+    world: TidewaterConfig = Field(TidewaterConfig(), description="The sandbox world that Tidewater parts come from.")
+    stages: dict[str, Stage] = Field(
+        min_length=1, description="Stages by name, in order; a later one names an earlier one."
+    )
+    arms: tuple[ArmGroup, ...] = Field(min_length=1, description="The arm groups.")
+    scale: str = Field("full", description="Which entry of 'scales' is applied ('full' = none).")
+    scales: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Name -> {dotted path: value}; cuts such as 'quick'."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _slug(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value):
+            raise ValueError("use lower-case letters, digits, '-', '_' and '.' only: it names a directory")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a seed is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        made: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            for field, kinds in _NEEDS[stage.kind].items():
+                wanted = getattr(stage, field)
+                if isinstance(wanted, str) and made.get(wanted) not in kinds:
+                    raise ValueError(
+                        f"stages.{name}.{field}: {wanted!r} is not an earlier {' or '.join(kinds)} stage"
+                        + (f" (earlier: {', '.join(made)})" if made else "")
+                        + ("; to load a model write {load: ...}" if field == "model" else "")
+                    )
+            made[name] = stage.kind
+        for number, group in enumerate(self.arms):
+            for name in group.stages or ():
+                if name not in self.stages:
+                    raise ValueError(f"arms.{number}.stages: {name!r} is not a stage ({', '.join(self.stages)})")
+        names = [group.name for group in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError("arms: two groups have the same name")
+        if self.scale != "full" and self.scale not in self.scales:
+            known = ", ".join(["full", *self.scales])
+            raise ValueError(f"scale: {self.scale!r} is not one of {known}")
+        return self
+
+
+_NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "corpus": {},
+    "pretrain": {"corpus": ("corpus",)},
+    "sft": {"model": ("pretrain", "sft")},
+    "generate": {"model": ("pretrain", "sft")},
+    "judge": {"answers": ("generate",)},
+}
+"""For each kind of stage: the fields that name an earlier stage, and the kinds that will do."""

@@ -1,0 +1,1 @@
+"""Recipe -> plan (a DAG of steps named by content) -> execution."""

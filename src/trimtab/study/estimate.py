@@ -1,0 +1,108 @@
+"""What a step will cost, before it is done: FLOPs by formula, tokens by rule of thumb, seconds by the past.
+
+Seconds come from finished steps of the same kind and shape in the store, where there are any; else from a rough rate for
+this machine. They are estimates, and printed as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from trimtab.artifact import MANIFEST, Store
+from trimtab.models.config import BuildConfig, LoadConfig
+from trimtab.models.shape import shape_of as model_shape
+
+if TYPE_CHECKING:
+    from trimtab.recipe.model import ChatSource, GenerateStage, SftStage
+    from trimtab.study.plan import Step
+
+TIDEWATER_CHAT = 55
+OTHER_CHAT = 250
+"""Tokens of one chat row, for sets whose size is not known before they are read."""
+
+_CPU_FLOPS = 25e9
+"""Per core, small fp32 matrices; measured on one x86-64 core with AVX-512."""
+_FIXED = {
+    "corpus": 2.0,
+    "tokenizer": 2.0,
+    "tokens": 3.0,
+    "chats": 3.0,
+    "judge": 1.0,
+    "pretrain": 2.0,
+    "sft": 2.0,
+    "generate": 2.0,
+}
+
+
+def train_flops(model: BuildConfig | LoadConfig, sequence: int) -> float:
+    """FLOPs per training token, or 0 where the shape is not known without a network."""
+    shape = model_shape(model)
+    return shape.train_flops_per_token(sequence) if shape else 0.0
+
+
+def generate_flops(model: BuildConfig | LoadConfig, context: int = 128) -> float:
+    """FLOPs per generated token, or 0 where the shape is not known without a network."""
+    shape = model_shape(model)
+    return shape.generate_flops_per_token(context) if shape else 0.0
+
+
+def shape_of(model: BuildConfig | LoadConfig, lora: bool) -> str:
+    """A short name under which speeds are remembered, such as ``llama-128x4-v2048``."""
+    if isinstance(model, LoadConfig):
+        name = f"{model.load}-{model.dtype}"
+    else:
+        name = f"llama-{model.hidden}x{model.layers}-v{model.vocab}"
+    return name + ("-lora" if lora else "")
+
+
+def chat_tokens(stage: SftStage) -> int:
+    """Tokens of one pass over an SFT stage's data, by rule of thumb."""
+    copies = 1.0 if stage.modes is None else len(stage.modes.names) + stage.modes.fallback
+    return round(sum(_rows(part) * (TIDEWATER_CHAT if part.tidewater else OTHER_CHAT) for part in stage.data) * copies)
+
+
+def _rows(part: ChatSource) -> int:
+    return part.n or 1000
+
+
+def answer_tokens(stage: GenerateStage) -> int:
+    """Tokens generated if every answer ran to its limit."""
+    prompts = sum(task.n or 100 for task in stage.tasks)
+    return prompts * len(stage.modes or (None,)) * stage.sampling.samples * stage.sampling.max_new_tokens
+
+
+class Speeds:
+    """Seconds per step, learnt from the manifests in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._rates: dict[tuple[str, str], list[float]] = {}
+        self._fixed: dict[str, list[float]] = {}
+        for path in sorted(store.root.glob(f"*/{MANIFEST}")):
+            try:
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                kind, seconds = str(manifest["kind"]), float(manifest["seconds"])
+                tokens, shape = int(manifest["tokens"]), str(manifest["facts"].get("shape", ""))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if manifest["facts"].get("resumed"):
+                continue  # its seconds are those of the last part alone
+            if tokens and shape and seconds > 0:
+                self._rates.setdefault((kind, shape), []).append(tokens / seconds)
+            elif not tokens:
+                self._fixed.setdefault(kind, []).append(seconds)
+
+    def seconds(self, step: Step) -> float:
+        """Estimated wall time of a step on this machine."""
+        rates = self._rates.get((step.kind, step.shape))
+        if rates and step.tokens:
+            return step.tokens / statistics.median(rates)
+        if not step.tokens:
+            return statistics.median(self._fixed.get(step.kind, [_FIXED[step.kind]]))
+        return _FIXED[step.kind] + step.flops / (_CPU_FLOPS * (os.cpu_count() or 1))
+
+    def total(self, steps: Iterable[Step]) -> float:
+        return sum(self.seconds(step) for step in steps)
