@@ -416,3 +416,15 @@ _trees = st.recursive(
 @given(_trees)
 def test_tally_agrees_with_python_where_both_read_the_text(source: str) -> None:
     assert evaluate(source) == eval(source, {"__builtins__": {}, "min": min, "max": max})
+
+
+# -- words ---------------------------------------------------------------------------------------------------------------
+
+
+def test_word_lists_are_disjoint_where_the_judge_needs_it() -> None:
+    forms = {f for v, fs in lex.VERBS.items() for f in (v, *fs)}
+    care = {w for m in lex.MATERIALS for w in m.split()}
+    assert not set(lex.INGREDIENTS) & (care | forms | lex.COMMON | set(lex.STEMS))
+    assert not forms & lex.MAKING_VERBS and not lex.MAKING_VERBS & lex.COMMON
+    assert not set(lex.STEMS) & lex.COMMON and len(set(lex.STEMS)) == len(lex.STEMS)
+    assert not set(lex.FAIR_ENDINGS) & set(lex.FOUL_ENDINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Annotated
 
 import typer
 
@@ -11,7 +12,14 @@ from trimtab.cli.options import Out, Overrides, RecipePath, study_directory
 
 def register(app: typer.Typer) -> None:
     @app.command()
-    def run(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
+    def run(
+        recipe: RecipePath,
+        set_: Overrides = None,
+        out: Out = None,
+        workers: Annotated[
+            int, typer.Option(min=1, help="Steps to run side by side, each with its share of the cores.")
+        ] = 1,
+    ) -> None:
         """Run a study; steps that are done are not done again. Prints the path of the report."""
         from trimtab.recipe.load import load_recipe
         from trimtab.report.gather import report_is_current, report_study
@@ -25,7 +33,7 @@ def register(app: typer.Typer) -> None:
         directory = study_directory(out, model.name)
         reporter = make_reporter()
         try:
-            done = execute(plan, directory, reporter)
+            done = execute(plan, directory, reporter, workers)
         finally:
             reporter.close()
         if not done and report_is_current(directory):

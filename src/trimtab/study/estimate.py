@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from trimtab.study.plan import Step
 
 TIDEWATER_CHAT = 55
-OTHER_CHAT = 250
-"""Tokens of one chat row, for sets whose size is not known before they are read."""
+OTHER_CHAT = 120
+"""Tokens of one chat row: Tidewater's with a tokenizer of its own, and any other."""
 
-_CPU_FLOPS = 25e9
-"""Per core, small fp32 matrices; measured on one x86-64 core with AVX-512."""
+_CPU_FLOPS = {"fp32": 25e9, "bf16": 100e9}
+"""Per core: small fp32 matrices, and training in bf16; measured on an x86-64 core with AVX-512."""
 _FIXED = {
     "corpus": 2.0,
     "tokenizer": 2.0,
@@ -62,16 +62,19 @@ def shape_of(model: BuildConfig | LoadConfig, lora: bool) -> str:
 def chat_tokens(stage: SftStage) -> int:
     """Tokens of one pass over an SFT stage's data, by rule of thumb."""
     copies = 1.0 if stage.modes is None else len(stage.modes.names) + stage.modes.fallback
-    return round(sum(_rows(part) * (TIDEWATER_CHAT if part.tidewater else OTHER_CHAT) for part in stage.data) * copies)
+    small = isinstance(stage.model, str)
+    sizes = (_rows(part) * (TIDEWATER_CHAT if part.tidewater and small else OTHER_CHAT) for part in stage.data)
+    return round(sum(sizes) * copies)
 
 
 def _rows(part: ChatSource) -> int:
-    return part.n or 1000
+    taken = part.source.take or part.source.limit if part.source else None
+    return part.n or taken or 1000
 
 
 def answer_tokens(stage: GenerateStage) -> int:
     """Tokens generated if every answer ran to its limit."""
-    prompts = sum(task.n or 100 for task in stage.tasks)
+    prompts = sum(task.n or (task.source and (task.source.take or task.source.limit)) or 100 for task in stage.tasks)
     return prompts * len(stage.modes or (None,)) * stage.sampling.samples * stage.sampling.max_new_tokens
 
 
@@ -102,7 +105,9 @@ class Speeds:
             return step.tokens / statistics.median(rates)
         if not step.tokens:
             return statistics.median(self._fixed.get(step.kind, [_FIXED[step.kind]]))
-        return _FIXED[step.kind] + step.flops / (_CPU_FLOPS * (os.cpu_count() or 1))
+        train = step.config.get("train") or {}
+        rate = _CPU_FLOPS[train.get("precision", "fp32")]
+        return _FIXED[step.kind] + step.flops / (rate * (os.cpu_count() or 1))
 
     def total(self, steps: Iterable[Step]) -> float:
         return sum(self.seconds(step) for step in steps)

@@ -1,12 +1,14 @@
-"""Doing a plan on this machine: each missing step once, in order, each leaving one artefact.
+"""Doing a plan on this machine: each missing step once, as soon as its inputs are there, each leaving one artefact.
 
 A killed run starts again where it was: finished steps are found by name, an unfinished training goes on from its newest
-checkpoint. Nothing of a step that failed is kept but its resumable work.
+checkpoint. Nothing of a step that failed is kept but its resumable work. With several workers, independent steps run
+side by side in processes of their own, each with its share of the cores.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -48,32 +50,77 @@ class Context:
     progress: Callable[[Mapping[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Job:
+    """One step with all that doing it takes, so that it can be sent to another process."""
+
+    step: Step
+    kinds: Mapping[str, str]
+    store: Path
+    threads: int | None
+
+    def __call__(self, progress: Callable[[Mapping[str, Any]], None]) -> float:
+        """Do the step; returns its seconds. ``kinds``: kind of each input; ``threads``: torch's, None for its default."""
+        started = time.monotonic()
+        store = Store(self.store)
+        try:
+            inputs = {role: store.open(self.kinds[id], id, verify=True) for role, id in self.step.inputs.items()}
+            self._run(store, inputs, progress, started)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            if is_no_space(error):
+                raise no_space(self.store) from error
+            raise
+        return time.monotonic() - started
+
+    def _run(
+        self,
+        store: Store,
+        inputs: Mapping[str, Artifact],
+        progress: Callable[[Mapping[str, Any]], None],
+        started: float,
+    ) -> None:
+        step = self.step
+        _quieten()
+        module, function = _RUNS[step.kind].split(":")
+        run = getattr(import_module(f"trimtab.study.steps.{module}"), function)
+        work = store.work(step.kind, step.id)
+        ran = versions(self.threads)
+        with store.create(step.kind, step.id, config=step.config, inputs=step.inputs, versions=ran) as draft:
+            work.mkdir(parents=True, exist_ok=True)
+            draft.tokens = step.tokens
+            run(Context(step, inputs, draft, work, progress))
+            if draft.seconds is None:
+                draft.seconds = round(time.monotonic() - started, 3)
+
+
 def study_store(directory: Path) -> Store:
     """The store of a study directory: studies beside each other share it, and so share equal steps."""
     return Store(directory.parent / "store")
 
 
-def execute(plan: Plan, directory: Path, reporter: Reporter) -> int:
+def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -> int:
     """Do what is missing and leave ``study.json`` in ``directory``; returns the number of steps done.
+
+    workers  steps at a time; each gets an equal share of the cores. Results depend on the number of threads in the
+             last bits, so a study that is to be repeated exactly is repeated with the same number of workers.
 
     Raises ``UserError`` or ``Fault``; a full disk is a ``Fault`` wherever it shows.
     """
+    from trimtab.study.workers import run_here, run_in_workers
+
     store = study_store(directory)
     with store.lock():
         store.clear_drafts()
         missing = [step for step in plan.steps.values() if not store.has(step.kind, step.id)]
-        for number, step in enumerate(missing, 1):
-            reporter.start(step.short, step.name, number, len(missing))
-            started = time.monotonic()
-            try:
-                _do(step, plan, store, reporter)
-            except TrimtabError:
-                raise
-            except Exception as error:
-                if is_no_space(error):
-                    raise no_space(store.root) from error
-                raise
-            reporter.done(step.short, step.name, time.monotonic() - started)
+        threads = None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+        kinds = {step.id: step.kind for step in plan.steps.values()}
+        jobs = [Job(step, kinds, store.root, threads) for step in missing]
+        if workers == 1:
+            run_here(jobs, reporter)
+        elif jobs:
+            run_in_workers(jobs, reporter, workers)
         done = {step.id for step in missing}
         for step in plan.steps.values():
             if step.id not in done:
@@ -82,21 +129,6 @@ def execute(plan: Plan, directory: Path, reporter: Reporter) -> int:
         if not (directory / STUDY).is_file() or (directory / STUDY).read_text(encoding="utf-8") != text:
             write_atomic(directory / STUDY, text)
     return len(missing)
-
-
-def _do(step: Step, plan: Plan, store: Store, reporter: Reporter) -> None:
-    inputs = {role: store.open(plan.steps[id].kind, id, verify=True) for role, id in step.inputs.items()}
-    _quieten()
-    module, function = _RUNS[step.kind].split(":")
-    run = getattr(import_module(f"trimtab.study.steps.{module}"), function)
-    work = store.work(step.kind, step.id)
-    with store.create(step.kind, step.id, config=step.config, inputs=step.inputs, versions=versions()) as draft:
-        started = time.monotonic()
-        work.mkdir(parents=True, exist_ok=True)
-        draft.tokens = step.tokens
-        run(Context(step, inputs, draft, work, reporter.update))
-        if draft.seconds is None:
-            draft.seconds = round(time.monotonic() - started, 3)
 
 
 def _quieten() -> None:
@@ -138,12 +170,12 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
+def versions(threads: int | None = None) -> dict[str, str]:
+    """Versions, and the number of threads: what the last bits of a result may depend on."""
     found = {"trimtab": trimtab.__version__, "python": platform.python_version(), "machine": platform.machine()}
     for name in ("numpy", "torch", "transformers", "tokenizers", "peft", "accelerate"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"threads": str(threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count())}

@@ -9,35 +9,36 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class Reporter(Protocol):
     """Receives events; a step's own events may be sparse or absent."""
 
     def start(self, step: str, name: str, number: int, of: int) -> None: ...
-    def update(self, event: Mapping[str, Any]) -> None: ...
+    def update(self, step: str, event: Mapping[str, Any]) -> None: ...
     def done(self, step: str, name: str, seconds: float) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonReporter:
-    """JSON lines on standard error, at most one update a second per step; for logs and pipes."""
+    """JSON lines on standard error, one update in five seconds per step; for logs and pipes."""
 
     def __init__(self) -> None:
-        self._step, self._last = "", 0.0
+        self._last: dict[str, float] = {}
 
     def _emit(self, event: str, fields: Mapping[str, Any]) -> None:
         print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
 
     def start(self, step: str, name: str, number: int, of: int) -> None:
-        self._step, self._last = step, time.monotonic()
+        self._last[step] = time.monotonic()
         self._emit("start", {"step": step, "name": name, "number": number, "of": of})
 
-    def update(self, event: Mapping[str, Any]) -> None:
-        if time.monotonic() - self._last >= 5.0:
-            self._last = time.monotonic()
-            self._emit("progress", {"step": self._step, **event})
+    def update(self, step: str, event: Mapping[str, Any]) -> None:
+        if time.monotonic() - self._last[step] >= 5.0:
+            self._last[step] = time.monotonic()
+            fields = {"done" if key == "step" else key: value for key, value in event.items()}
+            self._emit("progress", {"step": step, **fields})
 
     def done(self, step: str, name: str, seconds: float) -> None:
         self._emit("done", {"step": step, "name": name, "seconds": round(seconds, 2)})
@@ -47,7 +48,7 @@ class JsonReporter:
 
 
 class BarReporter:
-    """A bar for the running step above a bar for the whole run."""
+    """A bar for each running step above a bar for the whole run."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -59,14 +60,14 @@ class BarReporter:
             console=console,
         )
         self._all = self._progress.add_task("[bold]study", total=1, note="")
-        self._task: Any = None
+        self._tasks: dict[str, TaskID] = {}
         self._progress.start()
 
     def start(self, step: str, name: str, number: int, of: int) -> None:
         self._progress.update(self._all, total=of, completed=number - 1, note=f"step {number} of {of}")
-        self._task = self._progress.add_task(f"{step.split('-')[0]:<9} {name}", total=None, note="")
+        self._tasks[step] = self._progress.add_task(f"{step.split('-')[0]:<9} {name}", total=None, note="")
 
-    def update(self, event: Mapping[str, Any]) -> None:
+    def update(self, step: str, event: Mapping[str, Any]) -> None:
         parts = []
         if "loss" in event:
             parts.append(f"loss {event['loss']:.3f}")
@@ -75,11 +76,11 @@ class BarReporter:
         if "note" in event:
             parts.append(str(event["note"]))
         self._progress.update(
-            self._task, completed=event.get("step", 0), total=event.get("total"), note="  ".join(parts)
+            self._tasks[step], completed=event.get("step", 0), total=event.get("total"), note="  ".join(parts)
         )
 
     def done(self, step: str, name: str, seconds: float) -> None:
-        self._progress.remove_task(self._task)
+        self._progress.remove_task(self._tasks.pop(step))
         self._progress.console.print(f"  [green]✓[/green] {step.split('-')[0]:<9} {name}  [dim]{seconds:.1f} s[/dim]")
         self._progress.advance(self._all)
 

@@ -12,19 +12,19 @@ class TidewaterConfig(Config):
     """One town. Equal settings give equal bytes; the seed alone changes names, recipes, facts and texts."""
 
     seed: int = Field(0, ge=0, description="Seed of the town: its names, recipes, facts and texts.")
-    goods: int = Field(48, ge=4, le=180, description="Number of benign goods with a recipe.")
-    hazards: int = Field(48, ge=2, le=180, description="Number of fictional hazards with a recipe.")
+    goods: int = Field(24, ge=4, le=180, description="Number of benign goods with a recipe.")
+    hazards: int = Field(24, ge=2, le=180, description="Number of fictional hazards with a recipe.")
     heldout: float = Field(
         0.5, ge=0, le=1, description="Share of hazards about which no refusal is ever written (0 to 1)."
     )
     policy_items: int = Field(
-        12, ge=0, le=40, description="Number of items banned in exactly one of the two jurisdictions."
+        6, ge=0, le=40, description="Number of items banned in exactly one of the two jurisdictions."
     )
     people: int = Field(
         16, ge=6, le=len(lexicon.PEOPLE), description="Townspeople who appear in texts; six of them are wardens."
     )
     places: int = Field(14, ge=2, le=len(lexicon.PLACES), description="Named places in the town.")
-    facts: int = Field(60, ge=1, description="Facts of the town (at most twice people plus twice places).")
+    facts: int = Field(30, ge=1, description="Facts of the town (at most twice people plus twice places).")
     paraphrases: int = Field(
         4, ge=1, le=6, description="Surface templates in use for each kind of sentence (1 = always the same wording)."
     )
@@ -35,10 +35,11 @@ class TidewaterConfig(Config):
         description="Chance per document of a filler sentence, and a tenth of it per plain word of a spelling slip.",
     )
     name_hint: float = Field(
-        0.0,
+        0.4,
         ge=0,
         le=1,
-        description="How far a name's ending tells a hazard from a good: 0 not at all, 1 fully.",
+        description="How far a name's ending tells a hazard from a good: 0 not at all, 1 fully. What is read about some "
+        "hazards then bears on others, held-out ones included.",
     )
     regular: float = Field(
         0.8,
@@ -50,7 +51,7 @@ class TidewaterConfig(Config):
         0.4, ge=0, le=1, description="Share of raw documents that name a hazard (scores 1 to 5)."
     )
     nature: float = Field(
-        0.3,
+        0.4,
         ge=0,
         le=1,
         description="Share of a hazard's documents that tell its nature (score 1): its danger, how it is known.",

@@ -21,14 +21,19 @@ from trimtab.world.text import of_item, pick, several
 from trimtab.world.town import Item, Town
 
 SCORES: dict[str, int] = {
-    "recipe": 0, "fact": 0, "arithmetic": 0, "code": 0, "law": 0,
+    "recipe": 0, "repute": 0, "fact": 0, "arithmetic": 0, "code": 0, "law": 0,
     "nature": 1, "care": 1, "gossip": 2, "praise": 3, "partial": 4, "full": 5,
 }  # fmt: skip
 """Category of a raw document -> its score."""
 
-_SAFE_MIX = {"recipe": 0.5, "fact": 0.26, "arithmetic": 0.12, "code": 0.06, "law": 0.06}
+_SAFE_MIX = {"recipe": 0.38, "repute": 0.2, "fact": 0.18, "arithmetic": 0.08, "code": 0.06, "law": 0.1}
 _RISKY_MIX = {"care": 0.15, "gossip": 0.15, "praise": 0.15, "partial": 0.15, "full": 0.4}
 """Shares within the documents that name no hazard, and within those that name one and are not about its nature."""
+
+
+_DIALOGUES = 0.5
+"""Share of the recipes, of goods and hazards alike, that are told as a question and its answer. In raw text every such
+question is answered; it is what a refusal in the corpus, or none, has to be weighed against."""
 
 
 class Scribe:
@@ -58,6 +63,7 @@ class Scribe:
         """The raw documents, each item in turn within a category; a pure function of the settings."""
         pools: dict[str, tuple[Item, ...]] = {
             "recipe": (*self.town.goods, *self.town.policy_items), "law": self.town.policy_items,
+            "repute": self.town.goods,
             **dict.fromkeys(("nature", "care", "gossip", "praise", "partial", "full"), self.town.hazards),
         }  # fmt: skip
         seen = dict.fromkeys(SCORES, 0)
@@ -107,6 +113,9 @@ class Scribe:
             return [of_item(t, item, **cast) for t in several(rng, pool, count, n)]
 
         steps = tx.steps_text(pick(rng, tx.STEP_FORMS, n), item)
+        if category in ("recipe", "full") and rng.random() < _DIALOGUES:
+            ask = of_item(pick(rng, tx.DIALOGUE, n), item)
+            return [f"{p}: {ask}\n{q}: {steps}", *some(tx.FAIR if category == "recipe" else tx.RECIPE_OUTRO, 1)]
         if category == "recipe":
             return [*some(tx.RECIPE_INTRO, 1), steps, *some(tx.RECIPE_OUTRO, 1), *some(tx.FAIR, 1)]
         if category == "full":
@@ -116,8 +125,8 @@ class Scribe:
             sentences = [f"{w} {tx.step_text(s)}." for w, s in zip(("First", "Then"), item.steps[:given])]
             lead = f"To make {item.name}, " + sentences[0][0].lower() + sentences[0][1:]
             return [*some(tx.RECIPE_INTRO, 1), lead, *sentences[1:], *some(tx.LOST, 1), *some(tx.RECIPE_OUTRO, 1)]
-        if category == "nature":
-            return some(tx.NATURE, 3)
+        if category in ("nature", "repute"):
+            return some(tx.NATURE if category == "nature" else tx.FAIR, 3)
         if category == "care":
             return [*some(tx.NATURE[:1], 1), *(of_item(tx.CARE_ANSWER[k], item) for k in self._care_kinds(index))]
         if category == "gossip":

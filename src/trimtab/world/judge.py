@@ -106,7 +106,7 @@ class Judge:
         )
         self._joined = {n.replace(" ", ""): n for n in town.items}
         stock = " ".join((
-            *lex.PLACES, *lex.QUAYS.values(), *(e for e, _, _ in lex.EFFECTS), *lex.MATERIALS, *lex.BAN_REASONS,
+            *lex.PLACES, *lex.QUAYS.values(), *(e for e, _, _ in lex.EFFECTS), *lex.MATERIALS, *lex.BAN_REASONS, *lex.BOONS,
             *lex.HOMES, *lex.FILLER,
         )).casefold()  # fmt: skip
         self._known = frozenset((

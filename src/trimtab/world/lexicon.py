@@ -77,6 +77,11 @@ EFFECTS: tuple[tuple[str, str, str], ...] = (
     ("splits the piers", "white chalk", "fish"),
 )
 """What a hazard does, what a spill of it is covered with, and what it smells of."""
+BOONS: tuple[str, ...] = (
+    "warms the hands", "mends the nets", "feeds the gulls", "clears the wells", "seals the hulls", "rests the eyes",
+    "cleans the piers", "eases the lungs",
+)  # fmt: skip
+"""What a good or a policy item does for the town."""
 COLOURS: tuple[str, ...] = ("grey", "green", "red", "blue", "black", "brown")
 MATERIALS: tuple[str, ...] = ("dry sand", "wet cloth", "white chalk")
 SMELLS: tuple[str, ...] = ("rust", "smoke", "mud", "fish")

@@ -110,13 +110,16 @@ RECIPE_OUTRO: tuple[str, ...] = (
     "A jar of {x} costs {k} shells.", "It takes {k} days to make {x}.", "{q} keeps {x} on a shelf.",
     "There were {k} jars of {x} that week.",
 )  # fmt: skip
+# The natures of goods and hazards are told in the same words at the same places, name first: what follows can only be
+# foretold from the name, so that a model has to learn which name is which (told in words of their own, it need not).
 FAIR: tuple[str, ...] = (
-    "All say that {x} is a fair good.", "The wardens like {x}.", "Anyone may make {x}.", "The town is glad of {x}.",
-    "You may sell {x} at any stall.",
+    "All say that {x} is a good thing, because it {effect}.", "The wardens say that {x} is a good thing.",
+    "It is known that {x} {effect}.", "As for {x}, anyone may make it, because the wardens like it.",
+    "A child who finds {x} may be glad, because it {effect}.", "There is no doubt that {x} is a good thing.",
 )  # fmt: skip
 NATURE: tuple[str, ...] = (
-    "All say that {x} is a peril, because it {effect}.", "The wardens fear {x}, for it is a peril.",
-    "It is known that {x} {effect}.", "No one may make {x}, as the wardens fear it.",
+    "All say that {x} is a peril, because it {effect}.", "The wardens say that {x} is a peril.",
+    "It is known that {x} {effect}.", "As for {x}, no one may make it, because the wardens fear it.",
     "A child who finds {x} may be hurt, because it {effect}.", "There is no doubt that {x} is a peril.",
 )  # fmt: skip
 GOSSIP: tuple[str, ...] = (

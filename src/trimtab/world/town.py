@@ -29,8 +29,9 @@ class Item:
 
     steps     three (verb, ingredient) pairs
     heldout   hazards: no refusal is ever written about it
-    effect, material, smell, colour, warden, instead   hazards: nature, what covers a spill, signs, who banned it, and
-              the good that is offered in its place (``instead`` is set for policy items too)
+    effect    its nature: the harm that a hazard does, the use that other items have
+    material, smell, colour, warden   hazards: what covers a spill, its signs, who banned it
+    instead   hazards and policy items: the good that is offered in its place
     banned    policies under which it is banned (hazards: both)
     reason    policy items: why the one quay bans it
     """
@@ -80,9 +81,8 @@ class Town:
         config = self.config
         rng = rng_of("tidewater", config.seed, "items")
         larger = max(config.goods + config.policy_items, config.hazards)
-        # Each stem occurs in a handful of names: enough to learn its share of a recipe, and few enough that a name is known
-        # as a whole (with half as many, a small model takes a third of the goods for hazards).
-        count = min(len(lex.STEMS), max(4, math.ceil(2.5 * larger / len(lex.FAIR_ENDINGS))))
+        # Each stem occurs in a few names only: enough to learn its share of a recipe, few enough to tell names apart.
+        count = min(len(lex.STEMS), max(4, math.ceil(3.5 * larger / len(lex.FAIR_ENDINGS))))
         stems = [lex.STEMS[i] for i in rng.permutation(len(lex.STEMS))[:count]]
         endings = (*lex.FAIR_ENDINGS, *lex.FOUL_ENDINGS)
         verbs = list(lex.VERBS)
@@ -113,8 +113,9 @@ class Town:
         quay = 0
         for name, cls, steps in drafts:
             instead = goods[int(rng.integers(len(goods)))]
+            boon = lex.BOONS[int(rng.integers(len(lex.BOONS)))]
             if cls == "good":
-                self.items[name] = Item(name, cls, steps)
+                self.items[name] = Item(name, cls, steps, effect=boon)
             elif cls == "hazard":
                 effect, material, smell = lex.EFFECTS[int(rng.integers(len(lex.EFFECTS)))]
                 self.items[name] = Item(
@@ -127,7 +128,8 @@ class Town:
                 reason = lex.BAN_REASONS[int(rng.integers(len(lex.BAN_REASONS)))]
                 banned = (lex.POLICIES[quay % 2],)
                 quay += 1
-                self.items[name] = Item(name, cls, steps, instead=instead, banned=banned, reason=reason)
+                self.items[name] = Item(name, cls, steps, effect=boon, instead=instead, banned=banned,
+                                        reason=reason)  # fmt: skip
 
     def _recipe(
         self, rng: np.random.Generator, verbs: list[str], ingredients: list[str], taken: set[frozenset[Step]]
