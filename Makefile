@@ -10,10 +10,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo demo-quick test test-slow check docs clean
 
 demo: $(VENV)/.demo  ## train the tour's arms and write runs/tour/report.html
-	$(BIN)/trimtab run recipes/tour.yaml
+	$(BIN)/trimtab run recipes/tour.yaml --workers 2
 
 demo-quick: $(VENV)/.demo  ## the same in about two minutes
-	$(BIN)/trimtab run recipes/tour.yaml --set scale=quick --out runs/tour-quick
+	$(BIN)/trimtab run recipes/tour.yaml --set scale=quick --out runs/tour-quick --workers 2
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest

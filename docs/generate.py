@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from trimtab.config import Config
+from trimtab.data.promptsets import CARDS
 from trimtab.recipe.model import Recipe, Stage
 
 HEAD = """# Recipe reference
@@ -34,6 +35,7 @@ def main() -> int:
         page += section(model)
         for field in model.model_fields.values():
             todo += [kind for kind in settings_in(field.annotation) if kind not in done]
+    page += sets()
     path = Path(__file__).with_name("recipe.md")
     if "--check" in sys.argv:
         if not path.exists() or path.read_text(encoding="utf-8") != page:
@@ -51,6 +53,22 @@ def section(model: type[Config]) -> str:
         assert field.description, f"{model.__name__}.{name} has no description"
         text = field.description.replace("|", "\\|")
         lines.append(f"| `{name}` | {show(field.annotation)}{bounds(field.metadata)} | {default(field)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def sets() -> str:
+    lines = [
+        "\n## Named sets\n",
+        "For `source: {name: ...}`. Each is one file of a pinned package, checked by sha256; nothing of the package is run.",
+        "",
+        "| name | rows | harm | licence | package | what it is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for card in CARDS.values():
+        package = f"`{card.wheel.name}=={card.wheel.version}`"
+        lines.append(
+            f"| `{card.name}` | {card.rows} | {card.harm or 'mixed'} | {card.licence} | {package} | {card.about} |"
+        )
     return "\n".join(lines) + "\n"
 
 

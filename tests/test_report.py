@@ -620,11 +620,13 @@ def test_matrix_counts_behaviours_by_mode() -> None:
         ("rejective", Verdict("safe", "j", refusal="full")),
         ("rejective", Verdict("safe", "j", refusal="none")),
         ("rejective", Verdict("unsafe", "j")),
+        ("rejective", Verdict("safe", "j", constructive=1, refusal="none")),
+        ("rejective", Verdict("unscored", "j", "no judge of safety", refusal="none")),
     ]
     matrix = Matrix.of("a", "t", [(mode, behaviour_of(v)) for mode, v in judged])
     assert matrix.modes == ["positive", "negative", "rejective"]
     assert matrix.behaviours == ["constructive", "refusal", "risk", "answered", "unscored"]
-    assert matrix.counts == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 1, 1, 1, 0]]
+    assert matrix.counts == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 1, 1, 3, 0]]
 
 
 @pytest.mark.parametrize("name", ["report.html", "figures.csv", "results.json"])

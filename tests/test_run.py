@@ -96,7 +96,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_again_does_nothing_quickly(study: Path) -> None:
     def times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (study / "runs").rglob("*") if path.is_file() and path.name != ".lock"}
+        return {
+            path: path.stat().st_mtime_ns
+            for path in (study / "runs").rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
 
     before = times()
     started = time.monotonic()
@@ -155,8 +159,9 @@ def test_killed_at_random_points_then_run_again_is_bit_identical(study: Path, tm
     killed_in = set()
     for number in range(6):
         # Early deaths hit start-up and the corpus; late ones hit training, whose checkpoints come every 3 or 7 steps.
+        workers = str(1 + number % 2)
         with subprocess.Popen(
-            command("run", "tiny.yaml"),
+            command("run", "tiny.yaml", "--workers", workers),
             cwd=tmp_path,
             env=env,
             stderr=subprocess.PIPE,
@@ -183,6 +188,26 @@ def test_killed_at_random_points_then_run_again_is_bit_identical(study: Path, tm
         if path.is_file() and path.parts[-2] in (".draft", ".work")
     ]
     assert not left
+
+
+def test_workers_do_the_same_work(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    trimtab("run", "tiny.yaml", "--workers", "2", cwd=tmp_path)
+    assert contents(tmp_path) == contents(study)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({60_000}, {60_000})); "
+    code = limit + "from trimtab.cli import main; main()"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", code, "run", "tiny.yaml"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert done.returncode == 1 and len(said) == 1 and "no space left" in said[0], done.stderr
+    assert set(contents(tmp_path).items()) < set(contents(study).items())
+    trimtab("run", "tiny.yaml", cwd=tmp_path)
+    assert contents(tmp_path) == contents(study)
 
 
 def test_a_flipped_byte_is_found(study: Path) -> None:

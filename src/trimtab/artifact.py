@@ -185,7 +185,9 @@ def no_space(path: Path) -> Fault:
 def is_no_space(error: BaseException | None) -> bool:
     """Whether an error, or one it was raised from, is a full disk (libraries often wrap it)."""
     while error is not None:
-        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or "No space left on device" in str(error):
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if any(os.strerror(number) in str(error) for number in _NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -104,11 +104,23 @@ def _arms(raw: dict[str, Any], group: ArmGroup, origin: str, fixed: Sequence[str
             id=f"{group.name}/{label}".replace(" ", "_"),
             label=label,
             group=group.name,
-            settings=swept or {k: _show(v) for k, v in group.set.items()},
+            settings=swept or _flat(group.set),
             stages=group.stages or tuple(data["stages"]),
             against=None,
             recipe=validate(data, f"{origin}, arm {label!r}"),
         )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted paths with plain values, without the leading ``stages.``; for tables."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}".removeprefix("stages.")
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{path}.")
+        else:
+            flat[path] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
 
 
 def _short(path: str, others: Mapping[str, Any]) -> str:

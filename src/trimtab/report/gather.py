@@ -31,7 +31,7 @@ HEADLINE = (
 )
 """Metrics that are drawn first and compared between arms; the others are in the tables and files."""
 SAMPLES_PER_TASK = 2
-MOST_FINDINGS = 8
+FINDINGS_PER_ARM = 2
 
 
 def report_study(directory: Path) -> Path:
@@ -243,29 +243,30 @@ class _Study:
         ]
 
     def findings(self, comparisons: list[Pair]) -> list[Finding]:
-        """The clearest differences in sentences, and how many comparisons showed none."""
-        clear = [item for item in comparisons if item[3].p_holm is not None and item[3].p_holm < 0.05]
-        clear.sort(key=lambda item: -abs(item[3].difference))
+        """For each arm and mode: its clearest differences from its baseline, and how many comparisons showed none."""
+        pairs: dict[tuple[str, str, str | None], list[Pair]] = {}
+        for item in comparisons:
+            a, b, mode, _ = item
+            pairs.setdefault((a["id"], b["id"], mode), []).append(item)
         found = []
-        for a, b, mode, c in clear[:MOST_FINDINGS]:
-            task = (c.category or "").removeprefix(TASK)
-            title = METRICS[c.metric].title
+        for items in pairs.values():
+            a, b, mode, _ = items[0]
+            clear = [c for _, _, _, c in items if c.p_holm is not None and c.p_holm < 0.05]
+            clear.sort(key=lambda c: -abs(c.difference))
             shown = f"“{b['label']}”" + (f" in {mode} mode" if mode else "")
-            seed = f", seed {b['seed']}" if len(self.recipe["seeds"]) > 1 else ""
-            found.append(
-                Finding(
-                    f"{title[0].upper()}{title[1:]}, on “{task}”: {100 * c.value_b:.0f} % with {shown}, "
-                    f"{100 * c.value_a:.0f} % with “{a['label']}” (difference {100 * c.difference:+.0f} points, "
-                    f"95 % interval {100 * c.low:+.0f} to {100 * c.high:+.0f}, n = {c.n}{seed})."
+            shown += f", seed {b['seed']}," if len(self.recipe["seeds"]) > 1 else ""
+            text = f"{shown[0].upper()}{shown[1:]} against “{a['label']}”: "
+            if clear:
+                # One figure per metric: the second-largest difference is seldom the same news on another task.
+                best = list({c.metric: c for c in reversed(clear)}.values())[::-1][:FINDINGS_PER_ARM]
+                text += "; ".join(_sentence(c) for c in best) + ". "
+                text += f"{len(clear)} of {len(items)} paired comparisons hold after adjustment."
+            else:
+                text += (
+                    f"none of {len(items)} paired comparisons shows a difference that holds after adjustment; at this "
                 )
-            )
-        if comparisons:
-            found.append(
-                Finding(
-                    f"{len(comparisons) - len(clear)} of {len(comparisons)} paired comparisons show no difference that "
-                    "holds after adjustment at this number of prompts. That is not evidence of no difference."
-                )
-            )
+                text += "number of prompts that is not evidence of no difference."
+            found.append(Finding(text))
         return found
 
     def judge_notes(self) -> list[str]:
@@ -291,6 +292,14 @@ class _Study:
                     value = f"{merged[name]}, {value}" if value not in merged[name].split(", ") else merged[name]
                 merged[name] = value
         return merged
+
+
+def _sentence(c: Comparison) -> str:
+    task = (c.category or "").removeprefix(TASK)
+    return (
+        f"{METRICS[c.metric].title} on “{task}” {100 * c.value_b:.0f} % against {100 * c.value_a:.0f} % "
+        f"(difference {100 * c.difference:+.0f} points, 95 % interval {100 * c.low:+.0f} to {100 * c.high:+.0f}, n = {c.n})"
+    )
 
 
 def _comparison_row(a: Mapping[str, Any], b: Mapping[str, Any], mode: str | None, c: Comparison) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
     with store.lock():
         store.clear_drafts()
         missing = [step for step in plan.steps.values() if not store.has(step.kind, step.id)]
-        threads = None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+        threads = None if workers == 1 else max(1, min(cores(), (os.cpu_count() or 1) // workers))
         kinds = {step.id: step.kind for step in plan.steps.values()}
         jobs = [Job(step, kinds, store.root, threads) for step in missing]
         if workers == 1:
@@ -129,6 +129,12 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
         if not (directory / STUDY).is_file() or (directory / STUDY).read_text(encoding="utf-8") != text:
             write_atomic(directory / STUDY, text)
     return len(missing)
+
+
+def cores() -> int:
+    """Threads that torch may use: OMP_NUM_THREADS where it is set, else one per core."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else os.cpu_count() or 1
 
 
 def _quieten() -> None:
@@ -178,4 +184,4 @@ def versions(threads: int | None = None) -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {"threads": str(threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count())}
+    return found | {"threads": str(threads or cores())}
