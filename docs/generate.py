@@ -65,7 +65,7 @@ def sets() -> str:
         "|---|---|---|---|---|---|",
     ]
     for card in CARDS.values():
-        package = f"`{card.wheel.name}=={card.wheel.version}`"
+        package = f"`{card.wheel.requirement}`"
         lines.append(
             f"| `{card.name}` | {card.rows} | {card.harm or 'mixed'} | {card.licence} | {package} | {card.about} |"
         )
