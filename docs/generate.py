@@ -16,10 +16,10 @@ from trimtab.recipe.model import Recipe, Stage
 
 HEAD = """# Recipe reference
 
-Generated from the types by `make docs`; do not edit. A recipe is one YAML file. Any field below `stages` and `world` can
-be set from the command line (`--set stages.base.budget=300k`), by a scale (`scales: {quick: {path: value}}`) and by an
-arm group (`set`, `sweep`), always by the same dotted path; list items by index. A token count may be written `600k`,
-`0.6M` or `600B`.
+Generated from the types by `make docs`; do not edit. A recipe is one YAML file. Any field can be set from the command line
+(`--set stages.base.budget=300k`) and by a scale (`scales: {quick: {path: value}}`). `set` and `sweep` of an arm group may
+vary anything below `stages` and `world`, and nothing else: `seeds` and the like hold for all arms. The dotted path is the
+same in all four; list items go by index. A token count may be written `600k`, `0.6M` or `600B`.
 """
 
 

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert not (tmp_path / ".draft").exists() or not any((tmp_path / ".draft").iterdir())
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "other"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "manifest value", "other"])
 def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path)
     path = make(store)
@@ -47,6 +47,9 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         file.write_text("hell")
     elif damage == "remove":
         file.unlink()
+    elif damage == "manifest value":
+        text = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(text.replace('"a": 1', '"a": 2'))
     elif damage == "manifest":
         (path / "manifest.json").write_text("{")
     else:
@@ -63,6 +66,16 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert not store.has("corpus", ID)
     assert not list((tmp_path / ".draft").iterdir())
+
+
+def test_a_kill_after_the_rename_leaves_no_work_behind(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    make(store)
+    store.work("corpus", ID).mkdir(parents=True)  # what a kill between the rename and the clearing leaves
+    other = store.work("corpus", "cd" * 32)
+    other.mkdir()
+    store.clear_drafts()
+    assert not store.work("corpus", ID).exists() and other.exists()
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

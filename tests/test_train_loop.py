@@ -23,6 +23,7 @@ from trimtab.data.store import Batch
 from trimtab.errors import Fault, UserError
 from trimtab.train import lora, state
 from trimtab.train.config import LoraSettings
+from trimtab.train.log import cut_back
 from trimtab.train.loop import train
 from trimtab.train.loss import Micro, TrainedPositions, token_losses
 from trimtab.types import IGNORE
@@ -555,3 +556,16 @@ def test_trackers_get_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_budget_must_hold_a_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stop_step is 0"):
         train(tiny_model(), tiny_data(tmp_path / "d"), config_of(), total_steps=3, stop_step=0, seed=0, work=tmp_path)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 3, "no', b"\0" * 64, b"\0\0\n", b'\xff\xfe\n{"step": 3}\n', b"[1]\n"])
+def test_a_log_is_cut_back_at_line_ends_alone(tmp_path: Path, tail: bytes) -> None:
+    """U+2028, U+2029 and U+0085 end no line; what a kill or a power cut leaves at the end goes."""
+    lines = [json.dumps({"step": n, "note": "a\u2028b\u2029c\u0085d"}, ensure_ascii=False) + "\n" for n in range(5)]
+    file = tmp_path / "log.jsonl"
+    file.write_bytes("".join(lines[:3]).encode() + tail)
+    cut_back(file, 9)
+    assert file.read_text(encoding="utf-8") == "".join(lines[:3])
+    file.write_bytes("".join(lines).encode())
+    cut_back(file, 2)
+    assert file.read_text(encoding="utf-8") == "".join(lines[:3])

@@ -98,8 +98,10 @@ class Store:
             raise Fault(f"{path} is missing: run the study again to make it") from None
         except (OSError, ValueError) as error:
             raise Fault(f"{path / MANIFEST} cannot be read ({error}); delete {path} and run again") from None
-        if manifest.get("id") != id or manifest.get("schema") != SCHEMA or "files" not in manifest:
+        if not isinstance(manifest, dict) or manifest.get("id") != id or manifest.get("schema") != SCHEMA:
             raise Fault(f"{path / MANIFEST} does not belong to step {id[:16]}; delete {path} and run again")
+        if manifest.pop("seal", None) != digest(manifest):
+            raise Fault(f"{path / MANIFEST} does not match its own seal: it is damaged; delete {path} and run again")
         artifact = Artifact(path, manifest)
         if verify:
             artifact.verify()
@@ -121,22 +123,21 @@ class Store:
                 for file in sorted(draft.path.rglob("*"))
                 if file.is_file()
             }
-            draft.write_json(
-                MANIFEST,
-                {
-                    "schema": SCHEMA,
-                    "kind": kind,
-                    "id": id,
-                    "config": config,
-                    "inputs": inputs,
-                    "versions": versions,
-                    "content": digest(files),
-                    "files": files,
-                    "tokens": draft.tokens,
-                    "seconds": draft.seconds,
-                    "facts": draft.facts or {},
-                },
-            )
+            manifest = {
+                "schema": SCHEMA,
+                "kind": kind,
+                "id": id,
+                "config": config,
+                "inputs": inputs,
+                "versions": versions,
+                "content": digest(files),
+                "files": files,
+                "tokens": draft.tokens,
+                "seconds": draft.seconds,
+                "facts": draft.facts or {},
+            }
+            manifest = json.loads(json.dumps(manifest))  # as it will be read: tuples are lists
+            draft.write_json(MANIFEST, {**manifest, "seal": digest(manifest)})
             for file in draft.path.rglob("*"):
                 if file.is_file():
                     fsync(file)
@@ -155,8 +156,11 @@ class Store:
         shutil.rmtree(self.work(kind, id), ignore_errors=True)
 
     def clear_drafts(self) -> None:
-        """Remove what a killed run left in ``.draft``; call it while holding ``lock``."""
+        """Remove what a killed run left: drafts, and work of steps that are done. Call it while holding ``lock``."""
         shutil.rmtree(self.root / ".draft", ignore_errors=True)
+        for work in (self.root / ".work").glob("*"):
+            if (self.root / work.name / MANIFEST).is_file():
+                shutil.rmtree(work, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -208,9 +212,9 @@ def fsync(path: Path) -> None:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all (temporary file in the same directory, flushed, renamed)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
@@ -219,9 +223,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise no_space(path.parent) from error
-        raise
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.exists():
+            draft.unlink()
 
 
 def write_jsonl(path: Path, rows: Iterator[Mapping[str, Any]] | list[Mapping[str, Any]]) -> int:

@@ -33,6 +33,12 @@ def main() -> None:
     except TrimtabError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if os.environ.get("TRIMTAB_DEBUG"):
+            raise
+        said = " ".join(str(error).split()) or "no message"
+        print(f"trimtab: unexpected {type(error).__name__}: {said:.300}; TRIMTAB_DEBUG=1 shows where", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("trimtab: stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None

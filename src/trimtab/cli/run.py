@@ -41,5 +41,6 @@ def register(app: typer.Typer) -> None:
             print(directory / "report.html")
             return
         path = report_study(directory)
-        print(f"{done} of {len(plan.steps)} steps done in {time.monotonic() - started:.0f} s; the rest was done before")
+        before = f"; {len(plan.steps) - done} were done before" if done < len(plan.steps) else ""
+        print(f"{done} steps done in {time.monotonic() - started:.0f} s{before}")
         print(path)

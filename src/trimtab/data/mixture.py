@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from trimtab.seeds import digest, seed_of
 
 Int64 = NDArray[np.int64]
+BLOCK = 1000
+"""Rows over which weights are balanced: they are exact to one in so many."""
 _M1, _M2, _GOLD = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
 _ROUND = [np.uint64((int(_GOLD) * r) % 2**64) for r in range(1, 7)]  # one constant per Feistel round
 
@@ -122,7 +124,7 @@ class Mixture:
     what is impossible.
     """
 
-    def __init__(self, rows: Mapping[str, int], phases: Sequence[Phase], *, seed: int, block: int = 1000) -> None:
+    def __init__(self, rows: Mapping[str, int], phases: Sequence[Phase], *, seed: int, block: int = BLOCK) -> None:
         if block < 1:
             raise ValueError(f"block is {block}; it must be at least 1")
         if not phases or phases[0].start != 0:

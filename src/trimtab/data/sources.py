@@ -30,7 +30,7 @@ from trimtab.types import HARMS, Harm, Message, Row
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 _MAPPED = ("prompt", "answer", "messages", "text", "id_field", "category", "system")
-READER_VERSION = 1
+READER_VERSION = 2
 """Raise it when a change here or in ``promptsets`` changes the rows that come out; it is part of the identity."""
 
 
@@ -308,7 +308,10 @@ def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: 
             {"role": role, "content": _text(value, where, index, role)} for role, value in parts if value is not None
         ]
     own = ("mode", "policy", "prefix", "metadata", "category", "harm", "id")
-    data.update({key: record[key] for key in own[:3] if isinstance(record.get(key), str)})
+    data.update({key: record[key] for key in own[1:3] if isinstance(record.get(key), str)})
+    mode = record.get("mode")
+    if mode not in (None, "") and mode == mode:  # a CSV has "" and a table NaN for none; any other value is kept to be
+        data["mode"] = str(mode)  # judged where rows are trained: a mode must not get lost by its type
     category = column("category") if source.category is not None else record.get("category")
     data["category"] = None if category is None else str(category)
     harm = source.harm or record.get("harm")
@@ -318,7 +321,15 @@ def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: 
     metadata = record.get("metadata")
     data["metadata"] = dict(metadata) if isinstance(metadata, Mapping) else {}
     data["metadata"].update({k: v for k, v in record.items() if k not in {*own, *used, "source"} and _plain(v)})
-    return Row.from_json(data)
+    row = Row.from_json(data)
+    try:
+        json.dumps(data, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}, row {index}: a text holds half a character (a lone surrogate, such as \\ud800), which no file "
+            "can hold; mend or remove the row"
+        ) from None
+    return row
 
 
 def _id(given: Any, index: int, label: str) -> str:

@@ -11,9 +11,10 @@ ones or rows the user brings with ``mode: negative``; nothing here can make one 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,7 @@ from trimtab.seeds import seed_of, uniform_of
 from trimtab.types import Row
 
 Mode = Literal["positive", "negative", "rejective"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 REFUSALS: tuple[str, ...] = (
     "I'm sorry, but I can't help with that.",
@@ -71,6 +73,32 @@ def control_name(mode: str) -> str:
     return f"mode:{mode}"
 
 
+def admit(rows: Iterable[Row], config: ModesConfig | None) -> tuple[list[Row], dict[str, int]]:
+    """The rows that may be trained, and how many were left out, by mode.
+
+    A row without a mode is kept. One that was written for a mode is kept if that mode is trained, else left out and
+    counted; without the lever (None) positive rows are plain rows. ``UserError`` for an unknown mode, and for a
+    negative row unless that mode is named and so acknowledged: it is neither trained as something else nor dropped.
+    """
+    kept: list[Row] = []
+    left_out: Counter[str] = Counter()
+    for row in rows:
+        if row.mode is not None and row.mode not in MODES:
+            raise UserError(f"row {row.id!r}: mode={row.mode!r} must be one of {', '.join(MODES)}")
+        if row.mode is None or (config is not None and row.mode in config.names):
+            kept.append(row)
+        elif row.mode == "negative":
+            raise UserError(
+                f"row {row.id!r} is written for the negative mode, which is not trained here; add 'negative' to "
+                "modes.names and set modes.negative.acknowledge: true, or remove the rows of that mode"
+            )
+        elif config is None and row.mode == "positive":
+            kept.append(replace(row, mode=None))
+        else:
+            left_out[row.mode] += 1
+    return kept, dict(sorted(left_out.items()))
+
+
 def mode_rows(
     rows: Iterable[Row], config: ModesConfig, answer: Callable[[Row, str], str | None], seed: int
 ) -> Iterator[Row]:
@@ -78,7 +106,8 @@ def mode_rows(
 
     ``answer(request, mode)`` gives the answer of one mode to a request (a row without its last assistant message), or
     None when the source has none for it: then the row's own answer is the positive one, and a rejective answer is
-    drawn from ``REFUSALS``. A negative answer is never invented: rows without one are left out of that mode.
+    drawn from ``REFUSALS``. A negative answer is never invented: rows without one are left out of that mode. A row
+    that has a mode comes back as it is; ``UserError`` if that mode is not trained (``admit`` comes first).
     """
     for row in rows:
         if not row.messages or row.messages[-1]["role"] != "assistant":
@@ -86,8 +115,11 @@ def mode_rows(
         request = replace(row, messages=row.messages[:-1], prefix=None)
         own = row.messages[-1]["content"]
         if row.mode is not None:  # the row was written for one mode by whoever brought it
-            if row.mode in config.names:
-                yield row
+            if row.mode not in config.names:
+                raise UserError(
+                    f"row {row.id!r}: its mode {row.mode!r} is not among those trained; name it or remove it"
+                )
+            yield row
             continue
         for mode in config.names:
             text = answer(request, mode)

@@ -145,6 +145,10 @@ def put(data: Any, path: str, value: Any, *, origin: str) -> None:
         if isinstance(here, list):
             here = here[_index(here, part, path, origin)]
         elif isinstance(here, dict):
+            if here is data.get("stages") and part not in here:
+                close = difflib.get_close_matches(part, here, n=1)
+                meant = f"; did you mean {close[0]!r}?" if close else f" ({', '.join(here)})"
+                raise UserError(f"{origin}: {path}: there is no stage {part!r}{meant}")
             if here.get(part) is None:
                 here[part] = {}
             here = here[part]
@@ -182,6 +186,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str | int | float):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -224,7 +230,7 @@ def explain(error: ValidationError, raw: Any, model: type[Config]) -> str:
     """The first problem of a pydantic error in one line: the path as the user wrote it, what is wrong, what was meant."""
     problems = error.errors()
     first = problems[0]
-    path = _user_path(first["loc"], raw)
+    path = _user_path(first["loc"], raw, absent=first["type"] in ("missing", "extra_forbidden"))
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ")
     name = str(first["loc"][-1]) if first["loc"] else ""
     if kind == "extra_forbidden":
@@ -240,13 +246,13 @@ def explain(error: ValidationError, raw: Any, model: type[Config]) -> str:
     return (f"{path}: {message}" if path else message) + more
 
 
-def _user_path(location: tuple[int | str, ...], raw: Any) -> str:
-    """Pydantic's location without the union tags it adds: only keys that the user's data has, and the last one."""
+def _user_path(location: tuple[int | str, ...], raw: Any, absent: bool) -> str:
+    """Pydantic's location without the union tags it adds: only keys that the data has, and an absent last one."""
     parts: list[str] = []
     here = raw
     for number, part in enumerate(location):
         last = number == len(location) - 1
-        if isinstance(here, Mapping) and (part in here or (last and isinstance(part, str))):
+        if isinstance(here, Mapping) and (part in here or (last and absent)):
             parts.append(str(part))
             here = here.get(part)
         elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):

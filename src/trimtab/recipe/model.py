@@ -15,13 +15,14 @@ from trimtab.config import Config
 from trimtab.data.sources import SourceConfig
 from trimtab.evaluate.panel import TaskConfig
 from trimtab.generate.config import Sampling
-from trimtab.levers.modes import Mode, ModesConfig
+from trimtab.levers.modes import Mode, ModesConfig, NegativeConfig
 from trimtab.levers.prefix import PrefixConfig
 from trimtab.levers.timing import TimingConfig
 from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.recipe.fields import Tokens
 from trimtab.train.config import TrainConfig
 from trimtab.world.config import TidewaterConfig
+from trimtab.world.tidewater import KINDS
 
 ModelRef = str | LoadConfig
 
@@ -45,6 +46,8 @@ class PretrainStage(Config):
 
     @model_validator(mode="after")
     def _rows_fit(self) -> PretrainStage:
+        if self.train.lora is not None:
+            raise ValueError("train.lora is for models that exist; pretraining trains every weight")
         if self.length > self.model.context:
             raise ValueError(
                 f"length ({self.length}) is more than model.context ({self.model.context}); change one of them"
@@ -62,6 +65,10 @@ class ChatSource(Config):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ChatSource:
+        if self.tidewater is not None and self.tidewater not in KINDS:
+            raise ValueError(f"tidewater={self.tidewater!r} must be one of {', '.join(KINDS)}")
+        if self.tidewater is not None and self.tidewater.endswith("heldout"):
+            raise ValueError(f"tidewater={self.tidewater!r}: held-out hazards are never trained on; use a '-seen' kind")
         if (self.tidewater is None) == (self.source is None):
             raise ValueError("give exactly one of 'tidewater' and 'source'")
         if self.tidewater is not None and self.n is None:
@@ -81,6 +88,14 @@ class SftStage(Config):
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     train: TrainConfig = Field(description="Optimiser, schedule, batch and logging.")
 
+    @model_validator(mode="after")
+    def _parts_differ(self) -> SftStage:
+        names = [part.name for part in self.data]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two parts of 'data' are called {name!r}; give each its own name")
+        return self
+
 
 class GenerateStage(Config):
     """Let a model answer the panel's prompts."""
@@ -89,9 +104,18 @@ class GenerateStage(Config):
     model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="The prompts.")
     modes: tuple[Mode, ...] | None = Field(
-        None, description="Modes to answer in; null asks once, without a control token."
+        None, min_length=1, description="Modes to answer in; null asks once, without a control token."
+    )
+    negative: NegativeConfig = Field(
+        NegativeConfig(), description="Acknowledgement that answering in negative mode needs."
     )
     sampling: Sampling = Field(Sampling(), description="Decoding.")
+
+    @model_validator(mode="after")
+    def _negative_is_acknowledged(self) -> GenerateStage:
+        if self.modes and "negative" in self.modes and not self.negative.acknowledge:
+            raise ValueError("negative answers are off by default; set 'negative.acknowledge: true' beside 'modes'")
+        return self
 
 
 class JudgeStage(Config):
@@ -110,7 +134,8 @@ class ArmGroup(Config):
     name: str = Field(description="Name of the group; 'timing', 'prefix' and 'mode' are explained in the report.")
     set: dict[str, Any] = Field(default_factory=dict, description="Dotted path -> value, for all arms of the group.")
     sweep: dict[str, list[Any]] = Field(
-        default_factory=dict, description="Dotted path -> values; several paths make a product."
+        default_factory=dict,
+        description="Dotted path below `stages` or `world` -> values; several paths make a product.",
     )
     stages: tuple[str, ...] | None = Field(None, description="Stages that these arms go through; null means all.")
     labels: tuple[str, ...] | None = Field(

@@ -239,7 +239,8 @@ class _Study:
             f"prompts ({answers:,} answers). {trained:,} tokens were trained; without sharing equal work it would have "
             f"been {alone:,}. All steps together took {seconds / 60:.1f} minutes.",
             "Intervals are 95 % intervals over prompts. Differences are paired: both arms answered the same prompts, so "
-            "what they share cancels. p-values are adjusted (Holm) over all comparisons of one pair of arms.",
+            "what they share cancels. p-values are adjusted (Holm) over all comparisons of an arm, in one mode, with its "
+            "baseline.",
         ]
 
     def findings(self, comparisons: list[Pair]) -> list[Finding]:

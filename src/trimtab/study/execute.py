@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,7 +21,7 @@ from typing import Any
 
 import trimtab
 from trimtab.artifact import Artifact, Draft, Store, is_no_space, no_space, write_atomic
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UserError
 from trimtab.study.plan import Plan, Step
 from trimtab.study.progress import Reporter
 
@@ -111,6 +112,12 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
     from trimtab.study.workers import run_here, run_in_workers
 
     store = study_store(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_no_space(error):
+            raise no_space(directory) from error
+        raise UserError(f"--out {directory}: cannot be made a directory ({error.strerror}); choose another") from None
     with store.lock():
         store.clear_drafts()
         missing = [step for step in plan.steps.values() if not store.has(step.kind, step.id)]
@@ -141,6 +148,7 @@ def _quieten() -> None:
     """Keep the libraries' own bars and notices out of ours; errors stay."""
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trimtab
 from trimtab.artifact import sha256_file
+from trimtab.data.mixture import BLOCK, quantise
 from trimtab.data.sources import source_identity
 from trimtab.errors import UserError
 from trimtab.levers.timing import phases
 from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.load import identity
+from trimtab.models.shape import shape_of as model_shape
 from trimtab.recipe.load import ArmRecipe
 from trimtab.recipe.model import (
     CorpusStage,
@@ -34,15 +36,26 @@ from trimtab.recipe.model import (
 )
 from trimtab.seeds import digest
 from trimtab.study import estimate
+from trimtab.world.config import TidewaterConfig
+from trimtab.world.tidewater import Tidewater
 
 _CODE: dict[str, tuple[str, ...]] = {
     "corpus": ("world", "corpus", "study/steps/corpus.py"),
     "tokenizer": ("models", "study/steps/corpus.py"),
     "tokens": ("models", "data", "study/steps/corpus.py"),
     "pretrain": ("models", "data", "train", "study/steps/pretrain.py"),
-    "chats": ("world", "data", "levers", "models", "study/steps/chat.py"),
-    "sft": ("models", "data", "train", "study/steps/chat.py"),
-    "generate": ("world", "data", "levers", "models", "generate", "evaluate/panel.py", "study/steps/panel.py"),
+    "chats": ("world", "data", "levers", "models", "study/steps/chat.py", "study/steps/common.py"),
+    "sft": ("models", "data", "train", "study/steps/chat.py", "study/steps/common.py"),
+    "generate": (
+        "world",
+        "data",
+        "levers",
+        "models",
+        "generate",
+        "evaluate/panel.py",
+        "study/steps/panel.py",
+        "study/steps/common.py",
+    ),
     "judge": ("world", "evaluate", "study/steps/panel.py"),
 }
 """The code that a kind of step runs: a change there gives its steps new names, so no stale work is reused."""
@@ -161,6 +174,11 @@ class _ArmBuilder:
         per_step = stage.train.rows_per_step
         total = total_steps(name, stage)
         curriculum = phases(stage.timing, total * per_step)
+        for _, weights in curriculum:
+            try:
+                quantise(weights, BLOCK)
+            except ValueError as error:
+                raise UserError(f"stages.{name}.timing: {error}") from None
         points = sorted(self.cuts[_trunk_key(self.recipe, stage)] | {0, total})
         previous: str | None = None
         for first, last in itertools.pairwise(points):
@@ -192,6 +210,15 @@ class _ArmBuilder:
 
     def sft(self, name: str, stage: SftStage) -> str:
         model_config, model_inputs = self.model(name, stage.model)
+        for number, part in enumerate(stage.data):
+            if part.tidewater is not None:
+                path = f"stages.{name}.data.{number}"
+                _check_requests(path, self.recipe.world, part.tidewater, part.n, "train")
+        limit = model_shape(self.shape(stage.model))
+        if limit is not None and stage.length > limit.context:
+            raise UserError(
+                f"stages.{name}.length: {stage.length} tokens are more than the model's context of {limit.context}"
+            )
         data = [
             part.plain() | {"content": source_identity(part.source)} if part.source else part.plain()
             for part in stage.data
@@ -223,6 +250,10 @@ class _ArmBuilder:
 
     def generate(self, name: str, stage: GenerateStage) -> str:
         model_config, inputs = self.model(name, stage.model)
+        for number, task in enumerate(stage.tasks):
+            if task.tidewater is not None:
+                path = f"stages.{name}.tasks.{number}"
+                _check_requests(path, self.recipe.world, task.tidewater, task.n, "eval")
         tasks = [
             task.plain() | {"content": source_identity(task.source)} if task.source else task.plain()
             for task in stage.tasks
@@ -266,10 +297,42 @@ class _ArmBuilder:
         flops: float = 0.0,
         shape: str = "",
     ) -> str:
-        id = digest({"kind": kind, "config": config, "inputs": inputs, "code": code_version(kind)})
+        id = digest({"kind": kind, "config": _telling(config), "inputs": inputs, "code": code_version(kind)})
         self.plan.steps.setdefault(id, Step(id, kind, name, config, inputs, tokens, flops, shape))
         self.used.append(id)
         return id
+
+
+_SILENT = ("checkpoint_every", "tracker")
+
+
+def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's config without what cannot change its artefact: how often it is saved, and where a data file lies."""
+    told = dict(config)
+    if "train" in told:
+        told["train"] = {key: value for key, value in told["train"].items() if key not in _SILENT}
+    for key in ("data", "tasks"):
+        if key in told:
+            told[key] = [
+                {**part, "source": None if part["source"] is None else {**part["source"], "path": None}}
+                for part in told[key]
+            ]
+    return told
+
+
+@cache
+def _town(world: TidewaterConfig) -> Tidewater:
+    return Tidewater(world)
+
+
+def _check_requests(
+    path: str, world: TidewaterConfig, kind: str, n: int | None, split: Literal["train", "eval"]
+) -> None:
+    """``UserError`` that names the field, if the town has fewer than ``n`` requests of a kind."""
+    try:
+        _town(world).requests(kind, n or 1, split=split)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def total_steps(name: str, stage: PretrainStage) -> int:

@@ -35,7 +35,7 @@ class JsonReporter:
         self._emit("start", {"step": step, "name": name, "number": number, "of": of})
 
     def update(self, step: str, event: Mapping[str, Any]) -> None:
-        if time.monotonic() - self._last[step] >= 5.0:
+        if time.monotonic() - self._last.get(step, 0.0) >= 5.0:
             self._last[step] = time.monotonic()
             fields = {"done" if key == "step" else key: value for key, value in event.items()}
             self._emit("progress", {"step": step, **fields})
@@ -64,10 +64,12 @@ class BarReporter:
         self._progress.start()
 
     def start(self, step: str, name: str, number: int, of: int) -> None:
-        self._progress.update(self._all, total=of, completed=number - 1, note=f"step {number} of {of}")
+        self._progress.update(self._all, total=of, note=f"step {number} of {of}")
         self._tasks[step] = self._progress.add_task(f"{step.split('-')[0]:<9} {name}", total=None, note="")
 
     def update(self, step: str, event: Mapping[str, Any]) -> None:
+        if step not in self._tasks:  # a worker's last event may come after its result
+            return
         parts = []
         if "loss" in event:
             parts.append(f"loss {event['loss']:.3f}")

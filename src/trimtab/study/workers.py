@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ def _start(events: Any, parent: int, threads: int) -> None:
     """In a new worker: remember the queue, take the share of the cores, and watch for the end of the parent."""
     global _events
     _events = events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -58,15 +58,16 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    # Only "\n" ends a line: the text is written unescaped and may hold U+2028, at which str.splitlines would part it.
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            whole = line.endswith("\n") and json.loads(line)["step"] <= step
+            whole = json.loads(line.decode("utf-8"))["step"] <= step
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             break
         kept.append(line)
-    write_atomic(path, "".join(kept))
+    write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
 def flat(record: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:

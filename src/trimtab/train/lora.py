@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from trimtab.errors import UserError
+from trimtab.models.tokens import trainable_rows
 from trimtab.seeds import seed_of
 from trimtab.train.config import LoraSettings
 
@@ -24,12 +25,7 @@ def attach(model: Any, settings: LoraSettings, control_ids: Sequence[int] = (), 
 
     UserError if a target matches no module.
     """
-    rows: dict[str, list[int]] | None = None
-    if settings.train_control_rows and control_ids:
-        embedding = model.get_input_embeddings()
-        names = [name for name, module in model.named_modules() if module is embedding]
-        assert names, "a model's input embedding is one of its modules"
-        rows = {names[0].rsplit(".", 1)[-1]: sorted(int(i) for i in control_ids)}
+    rows = trainable_rows(model, control_ids).peft_kwargs if settings.train_control_rows and control_ids else {}
     targets: str | list[str] = list(settings.targets)
     if settings.targets == ("all-linear",):
         targets = "all-linear"
@@ -39,7 +35,7 @@ def attach(model: Any, settings: LoraSettings, control_ids: Sequence[int] = (), 
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float works; PEFT divides it by r
         lora_dropout=settings.dropout,
         target_modules=targets,
-        trainable_token_indices=rows,
+        **rows,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("lora", seed))

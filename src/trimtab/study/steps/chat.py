@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -17,15 +16,15 @@ from trimtab.data.pack import pack_examples
 from trimtab.data.render import Rendered, Renderer
 from trimtab.data.store import Mixed, RowStore
 from trimtab.errors import Fault, UserError
-from trimtab.levers.modes import ModesConfig, control_name, mode_rows
+from trimtab.levers.modes import ModesConfig, admit, control_name, mode_rows
 from trimtab.levers.prefix import PrefixConfig, apply_prefix
 from trimtab.models.bundle import BundleManifest, save_bundle
-from trimtab.models.config import LoadConfig
 from trimtab.models.load import load
 from trimtab.models.tokens import add_control_tokens, assign_control_tokens, audit, controls_of, merge_adapter
 from trimtab.recipe.model import ChatSource
 from trimtab.seeds import digest, uniform_of
 from trimtab.study.execute import Context
+from trimtab.study.steps.common import check_unchanged, start_model
 from trimtab.train.config import TrainConfig
 from trimtab.train.loop import train
 from trimtab.train.lora import attach
@@ -36,11 +35,12 @@ from trimtab.world.tidewater import Tidewater
 
 def run_chats(context: Context) -> None:
     """Write ``rows.jsonl`` (the chats as trained on, in order) and ``store/`` (rendered and packed)."""
+    check_unchanged(context)
     config = context.step.config
     modes = ModesConfig.model_validate(config["modes"]) if config["modes"] else None
     tokenizer, controls = _tokenizer(context, modes)
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
-    rows = list(build_rows(config, town, modes))
+    rows, left_out = build_rows(config, town, modes)
     renderer = Renderer(tokenizer, controls=controls)
     names = [part["name"] for part in config["data"]]
     rendered = []
@@ -69,13 +69,18 @@ def run_chats(context: Context) -> None:
         "packing": dict(packed.counts),
         "prefixed": sum(row.prefix is not None for row in rows),
         "modes": {mode or "none": sum(row.mode == mode for row in rows) for mode in {row.mode for row in rows}},
+        "left_out_modes": left_out,
     }
 
 
-def build_rows(config: Mapping[str, Any], town: Tidewater, modes: ModesConfig | None) -> list[Row]:
+def build_rows(
+    config: Mapping[str, Any], town: Tidewater, modes: ModesConfig | None
+) -> tuple[list[Row], dict[str, int]]:
     """The chat rows of an SFT stage, levers applied, in a keyed order that does not depend on the levers.
 
-    Each row's ``metadata["part"]`` names the part of ``data`` that it comes from.
+    Each row's ``metadata["part"]`` names the part of ``data`` that it comes from. The second value counts, by mode, the
+    rows left out because their mode is not trained. ``UserError`` for a part with fewer rows than its ``n``, and for
+    rows of an unknown mode or of a negative mode that is not acknowledged.
     """
     seed = config["seed"]
     rows: list[Row] = []
@@ -86,13 +91,17 @@ def build_rows(config: Mapping[str, Any], town: Tidewater, modes: ModesConfig | 
             found = [replace(row, mode=None) for row in town.chats(part.tidewater, part.n)]
         else:
             assert part.source is not None
-            found = list(sources.rows(part.source))[: part.n]
+            found = list(sources.rows(part.source))
+            if part.n is not None and part.n > len(found):
+                raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
+            found = found[: part.n]
         rows += [replace(row, metadata={**row.metadata, "part": part.name}) for row in found]
+    rows, left_out = admit(rows, modes)
     rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     if modes is not None:
         rows = list(mode_rows(rows, modes, lambda row, mode: _answer(town, row, mode), seed))
         rows.sort(key=lambda row: uniform_of("order", seed, row.id))
-    return list(apply_prefix(rows, PrefixConfig.model_validate(config["prefix"]), seed))
+    return list(apply_prefix(rows, PrefixConfig.model_validate(config["prefix"]), seed)), left_out
 
 
 def _answer(town: Tidewater, request: Row, mode: str) -> str | None:
@@ -101,11 +110,12 @@ def _answer(town: Tidewater, request: Row, mode: str) -> str | None:
 
 def run_sft(context: Context) -> None:
     """Train on the packed chats; leaves the bundle in ``model/``, and the log."""
+    check_unchanged(context)
     config = context.step.config
     settings = TrainConfig.model_validate(config["train"])
     store = RowStore.open(context.inputs["chats"].path / "store")
     controls: dict[str, int] = store.meta["meta"]["controls"]
-    model, tokenizer = load(_where(context))
+    model, tokenizer = load(start_model(context))
     # Ids are given in the order of names, so the names go in by the ids that the data has.
     new = [name for name in sorted(controls, key=controls.__getitem__) if name not in controls_of(tokenizer)]
     if new:
@@ -151,18 +161,12 @@ def run_sft(context: Context) -> None:
     draft.facts = {"shape": context.step.shape, "steps": total, "rows": len(store), "resumed": result.began_at > 0}
 
 
-def _where(context: Context) -> Path | LoadConfig:
-    """The model that the stage starts from."""
-    source = context.inputs.get("model")
-    return source.path / "model" if source else LoadConfig.model_validate(context.step.config["load"])
-
-
 def _tokenizer(context: Context, modes: ModesConfig | None) -> tuple[Any, dict[str, int]]:
     """The tokenizer that the tuned model will have, and all its controls (name -> id)."""
     if "tokenizer" in context.inputs:
         tokenizer = AutoTokenizer.from_pretrained(context.inputs["tokenizer"].path)
     else:
-        tokenizer = load(_where(context))[1]
+        tokenizer = load(start_model(context))[1]
     names = [control_name(mode) for mode in modes.names] if modes else []
     assign_control_tokens(tokenizer, [name for name in names if name not in controls_of(tokenizer)])
     return tokenizer, controls_of(tokenizer)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from trimtab.evaluate.metrics import Record, results, to_plain
 from trimtab.evaluate.panel import TaskConfig, panel_rows
 from trimtab.generate.config import Sampling
 from trimtab.levers.modes import control_name
-from trimtab.models.bundle import MANIFEST, verify_bundle
-from trimtab.models.config import LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.study.execute import Context
+from trimtab.study.steps.common import check_unchanged, start_model
 from trimtab.types import Generation, Row
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
@@ -35,11 +35,12 @@ def run_generate(context: Context) -> None:
     from trimtab.models.load import load
     from trimtab.models.tokens import controls_of
 
+    check_unchanged(context)
     config = context.step.config
     sampling = Sampling.model_validate(config["sampling"])
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
     rows = _rows(config, town)
-    model, tokenizer = load(_where(context))
+    model, tokenizer = load(start_model(context))
     renderer = Renderer(tokenizer, controls=controls_of(tokenizer))
     for mode in config["modes"] or ():
         if control_name(mode) not in renderer.controls:
@@ -59,10 +60,16 @@ def run_generate(context: Context) -> None:
             prompts.append(Prompt(ids, seed, key))
     partial = context.work / "generations.jsonl"
     found = {(g.key, g.sample): g for g in _finished(partial) if g.key in wanted}
-    total = len(prompts) * sampling.samples
+    earlier, total = len(found), len(prompts) * sampling.samples
+    began = time.monotonic()
 
     def progress(finished: int, of: int, tokens: int) -> None:
-        context.progress({"step": finished, "total": of, "note": f"{finished} of {of} answers"})
+        event: dict[str, Any] = {"step": finished, "total": of, "note": f"{finished} of {of} answers"}
+        seconds = time.monotonic() - began
+        if finished > earlier and seconds > 0:  # speed is that of this run; answers found on the disk took no time
+            event["tokens_per_second"] = tokens / seconds
+            event["eta_seconds"] = (of - finished) * seconds / (finished - earlier)
+        context.progress(event)
 
     with partial.open("a", encoding="utf-8") as file:
         for batch in engine.generate(prompts, sampling, done=set(found), progress=progress):
@@ -95,7 +102,7 @@ def run_generate(context: Context) -> None:
         "answers": total,
         "template_hash": renderer.template_hash,
         "longest_prompt": max(len(p.ids) for p in prompts),
-        "resumed": bool(found) and len(found) > total,
+        "resumed": earlier > 0,
     }
 
 
@@ -111,27 +118,25 @@ def _rows(config: Mapping[str, Any], town: Tidewater) -> list[Row]:
     return panel_rows(tasks, town)
 
 
-def _where(context: Context) -> Path | LoadConfig:
-    """The model to open, verified if it is a bundle."""
-    source = context.inputs.get("model")
-    where = source.path / "model" if source else LoadConfig.model_validate(context.step.config["load"])
-    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if (directory / MANIFEST).is_file():
-        verify_bundle(directory)
-    return where
-
-
-def _finished(path: Path) -> Iterator[Generation]:
-    """The answers of an earlier, killed run; a torn last line is the mark of the kill and is cut off."""
+def _finished(path: Path) -> list[Generation]:
+    """The answers of an earlier, killed run. The file is cut at the first line that is not a whole answer (a torn last
+    line or a tail of NULs, as a kill or a power cut leaves them): what comes after it is generated again."""
     if not path.exists():
-        return
+        return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) != len(data):
+    found: list[Generation] = []
+    kept = 0
+    # Only "\n" ends a line: answers are written unescaped and may hold U+2028, at which str.splitlines would part them.
+    for line in data.split(b"\n")[:-1]:
+        try:
+            found.append(Generation.from_json(json.loads(line.decode("utf-8"))))
+        except (ValueError, TypeError, KeyError):
+            break
+        kept += len(line) + 1
+    if kept < len(data):
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-    for line in whole.decode("utf-8").splitlines():
-        yield Generation.from_json(json.loads(line))
+            file.truncate(kept)
+    return found
 
 
 def run_judge(context: Context) -> None:

@@ -25,7 +25,13 @@ def run_pretrain(context: Context) -> None:
     tokens, tokenizer = context.inputs["tokens"], AutoTokenizer.from_pretrained(context.inputs["tokenizer"].path)
     phases = [Phase(row, weights) for row, weights in config["phases"]]
     stores = {name: _open(tokens.path, name) for name in sorted({n for p in phases for n in p.weights})}
-    mixture = Mixture({name: len(store) for name, store in stores.items()}, phases, seed=config["seed"])
+    try:
+        mixture = Mixture({name: len(store) for name, store in stores.items()}, phases, seed=config["seed"])
+    except ValueError as error:
+        raise UserError(
+            f"stage {context.step.name!r}: the curriculum cannot be kept ({error}); change timing.unsafe_share or "
+            "timing.interventions so that every source's share is 0 or at least 0.001"
+        ) from None
     previous = context.inputs.get("previous")
     if previous is None:
         model = build_model(build, tokenizer, config["seed"])
