@@ -65,6 +65,13 @@ def as_config(model: LoadConfig | str | Path) -> LoadConfig:
     return model if isinstance(model, LoadConfig) else LoadConfig.model_validate({"load": str(model)})
 
 
+def best_device() -> str:
+    """``cuda`` where there is one, else ``cpu``; what generation runs on (training asks Accelerate)."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def identity(model: LoadConfig | str | Path) -> str:
     """A hash of what would be loaded, without loading it and without torch: goes into step hashes.
 

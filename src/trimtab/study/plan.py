@@ -19,12 +19,14 @@ from trimtab.artifact import sha256_file
 from trimtab.data.mixture import BLOCK, quantise
 from trimtab.data.sources import source_identity
 from trimtab.errors import UserError
+from trimtab.evaluate.panel import TaskConfig
 from trimtab.levers.timing import phases
 from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.shape import shape_of as model_shape
 from trimtab.recipe.load import ArmRecipe
 from trimtab.recipe.model import (
+    ChatSource,
     CorpusStage,
     GenerateStage,
     JudgeStage,
@@ -210,25 +212,17 @@ class _ArmBuilder:
 
     def sft(self, name: str, stage: SftStage) -> str:
         model_config, model_inputs = self.model(name, stage.model)
-        for number, part in enumerate(stage.data):
-            if part.tidewater is not None:
-                path = f"stages.{name}.data.{number}"
-                _check_requests(path, self.recipe.world, part.tidewater, part.n, "train")
         limit = model_shape(self.shape(stage.model))
         if limit is not None and stage.length > limit.context:
             raise UserError(
                 f"stages.{name}.length: {stage.length} tokens are more than the model's context of {limit.context}"
             )
-        data = [
-            part.plain() | {"content": source_identity(part.source)} if part.source else part.plain()
-            for part in stage.data
-        ]
         chats_inputs = model_inputs
         if isinstance(stage.model, str) and stage.model in self.tokenizers:
             chats_inputs = {"tokenizer": self.tokenizers[stage.model]}
         chats_config = {
             "world": self.recipe.world.plain(),
-            "data": data,
+            "data": self.rows(f"stages.{name}.data", stage.data, "train"),
             "prefix": stage.prefix.plain(),
             "modes": stage.modes.plain() if stage.modes else None,
             "length": stage.length,
@@ -250,19 +244,11 @@ class _ArmBuilder:
 
     def generate(self, name: str, stage: GenerateStage) -> str:
         model_config, inputs = self.model(name, stage.model)
-        for number, task in enumerate(stage.tasks):
-            if task.tidewater is not None:
-                path = f"stages.{name}.tasks.{number}"
-                _check_requests(path, self.recipe.world, task.tidewater, task.n, "eval")
-        tasks = [
-            task.plain() | {"content": source_identity(task.source)} if task.source else task.plain()
-            for task in stage.tasks
-        ]
         shape = self.shape(stage.model)
         tokens = estimate.answer_tokens(stage)
         config = {
             "world": self.recipe.world.plain(),
-            "tasks": tasks,
+            "tasks": self.rows(f"stages.{name}.tasks", stage.tasks, "eval"),
             "modes": list(stage.modes) if stage.modes else None,
             "sampling": stage.sampling.plain(),
             "seed": self.seed,
@@ -276,6 +262,22 @@ class _ArmBuilder:
             flops=tokens * estimate.generate_flops(shape),
             shape=estimate.shape_of(shape, False),
         )
+
+    def rows(
+        self, path: str, parts: Sequence[ChatSource | TaskConfig], split: Literal["train", "eval"]
+    ) -> list[dict[str, Any]]:
+        """Parts of a data set or a panel as config, with the identity of what files and packages hold; ``UserError``
+        that names the part, if the town has fewer requests than it asks for."""
+        plain = []
+        for number, part in enumerate(parts):
+            if part.tidewater is not None:
+                try:
+                    _town(self.recipe.world).requests(part.tidewater, part.n or 1, split=split)
+                except UserError as error:
+                    raise UserError(f"{path}.{number}: {error}") from None
+            content = {"content": source_identity(part.source)} if part.source else {}
+            plain.append(part.plain() | content)
+        return plain
 
     def model(self, name: str, ref: ModelRef) -> tuple[dict[str, Any], dict[str, str]]:
         """How a step's config and inputs name the model it starts from."""
@@ -323,16 +325,6 @@ def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _town(world: TidewaterConfig) -> Tidewater:
     return Tidewater(world)
-
-
-def _check_requests(
-    path: str, world: TidewaterConfig, kind: str, n: int | None, split: Literal["train", "eval"]
-) -> None:
-    """``UserError`` that names the field, if the town has fewer than ``n`` requests of a kind."""
-    try:
-        _town(world).requests(kind, n or 1, split=split)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def total_steps(name: str, stage: PretrainStage) -> int:

@@ -32,7 +32,7 @@ def run_generate(context: Context) -> None:
     """Write ``prompts.jsonl`` and ``generations.jsonl``: every prompt answered once per mode and sample."""
     from trimtab.data.render import Renderer
     from trimtab.generate.engine import Engine, Prompt
-    from trimtab.models.load import load
+    from trimtab.models.load import best_device, load
     from trimtab.models.tokens import controls_of
 
     check_unchanged(context)
@@ -40,7 +40,7 @@ def run_generate(context: Context) -> None:
     sampling = Sampling.model_validate(config["sampling"])
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
     rows = _rows(config, town)
-    model, tokenizer = load(start_model(context))
+    model, tokenizer = load(start_model(context), best_device())
     renderer = Renderer(tokenizer, controls=controls_of(tokenizer))
     for mode in config["modes"] or ():
         if control_name(mode) not in renderer.controls:
