@@ -189,6 +189,11 @@ def test_killed_at_random_points_then_run_again_is_bit_identical(study: Path, tm
     assert not left
 
 
+def test_version_and_help(tmp_path: Path) -> None:
+    assert trimtab("--version", cwd=tmp_path).stdout.startswith("trimtab 0.")
+    assert all(verb in trimtab("--help", cwd=tmp_path).stdout for verb in ("plan", "run", "report", "world"))
+
+
 def test_workers_do_the_same_work(study: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
     trimtab("run", "tiny.yaml", "--workers", "2", cwd=tmp_path)

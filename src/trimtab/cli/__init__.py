@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+import trimtab
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
     name="trimtab",
-    help="The small levers that turn a language model's safety: plan a study, run it, read its report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trimtab {trimtab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The small levers that turn a language model's safety: plan a study, run it, read its report."""
 
 
 def main() -> None:
