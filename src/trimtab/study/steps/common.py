@@ -37,12 +37,13 @@ def check_unchanged(context: Context) -> None:
 
 
 def start_model(context: Context) -> Path | LoadConfig:
-    """The model that a step starts from, verified if it is a bundle (``Fault`` names the file that differs)."""
+    """The model that a step starts from. One that is loaded is verified here if it is a bundle (``Fault`` names the file
+    that differs); one that an earlier step made was verified with its artefact, and SmolLM2 is when it is opened."""
     source = context.inputs.get("model")
-    where = source.path / "model" if source else LoadConfig.model_validate(context.step.config["load"])
-    if isinstance(where, LoadConfig) and where.load == SMOLLM2:
-        return where
-    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if (directory / MANIFEST).is_file():
+    if source is not None:
+        return source.path / "model"
+    where = LoadConfig.model_validate(context.step.config["load"])
+    directory = Path(where.load).expanduser()
+    if where.load != SMOLLM2 and (directory / MANIFEST).is_file():
         verify_bundle(directory)
     return where
