@@ -176,6 +176,8 @@ def default(field: Any) -> str:
         return "required"
     if isinstance(field.default, Config):
         return "its defaults"
+    if isinstance(field.default, tuple) and field.default and isinstance(field.default[0], Config):
+        return ", ".join(f"`{{kind: {part.kind}}}`" for part in field.default)
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return "null" if value is None else f"`{value}`"
 

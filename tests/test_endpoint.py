@@ -1,4 +1,4 @@
-"""evaluate.endpoint: order and streaming, strict replies, what is tried again, what stops a run, and a key that stays unseen."""
+"""endpoint: order and streaming, strict replies, what is tried again, what stops a run, and a key that stays unseen."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import pytest
 from pydantic import ValidationError
 
 from fake_endpoint import Answer, FakeEndpoint, Reply, chat, free_address, wait_until
+from trimtab import endpoint as endpoints
+from trimtab.endpoint import MAX_BYTES, REASONS, Completion, Endpoint, EndpointConfig, EndpointError, Request
 from trimtab.errors import Fault, UserError
-from trimtab.evaluate import endpoint as endpoints
-from trimtab.evaluate.endpoint import MAX_BYTES, REASONS, Completion, Endpoint, EndpointConfig, EndpointError, Request
 
 KEY = "sk-tidewater-0123456789"
 
@@ -430,7 +430,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
 
 def test_imports_are_light() -> None:
     code = (
-        "import sys, trimtab.evaluate.endpoint, trimtab.evaluate.judges.rubric, trimtab.evaluate.judges.ensemble; "
+        "import sys, trimtab.endpoint, trimtab.evaluate.judges.rubric, trimtab.evaluate.judges.ensemble; "
         "sys.exit(sorted(m for m in ('torch', 'transformers', 'httpx') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,7 +16,7 @@ FLOORS = [
     "cli", "report", "serve", "study", "recipe", "analyze", "evaluate", "generate", "train", "models",
     "levers", "corpus", "data", "world",
 ]  # fmt: skip
-GROUND = ["artifact", "types", "config", "seeds", "errors", "progress", "machine", "settings"]
+GROUND = ["artifact", "endpoint", "types", "config", "seeds", "errors", "progress", "machine", "settings"]
 
 
 def floor_of(module: str) -> str:
@@ -57,13 +57,14 @@ def test_ground_floor_imports_only_the_ground_floor() -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        "trimtab.levers.timing, trimtab.levers.prefix, trimtab.levers.modes, trimtab.corpus.interventions",
+        "trimtab.levers.timing, trimtab.levers.prefix, trimtab.levers.modes",
+        "trimtab.corpus.config, trimtab.corpus.scorers, trimtab.corpus.writers, trimtab.corpus.scorecard, trimtab.corpus.read",
         "trimtab.data.sources, trimtab.data.mixture, trimtab.data.pack, trimtab.data.store, trimtab.data.render",
         "trimtab.world.tidewater",
         "trimtab.recipe.load, trimtab.study.plan, trimtab.study.execute, trimtab.report.gather",
     ],
 )
 def test_no_torch_below_models_nor_for_planning(modules: str) -> None:
-    code = f"import sys, {modules}; sys.exit(sorted(m for m in ('torch', 'transformers') if m in sys.modules) or 0)"
+    code = f"import sys, {modules}; sys.exit(sorted(m for m in ('torch', 'transformers', 'datatrove') if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

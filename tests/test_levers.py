@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trimtab.corpus.interventions import split_sources
 from trimtab.errors import UserError
 from trimtab.levers.modes import REFUSALS, ModesConfig, admit, mode_rows
 from trimtab.levers.prefix import TEMPLATES, PrefixConfig, apply_prefix
@@ -126,21 +125,3 @@ def test_phases_cover_the_budget(start: float, rows: int, before: str) -> None:
 def test_interventions_add_up() -> None:
     with pytest.raises(ValidationError, match="must be 1"):
         Interventions(rephrase=0.5, refuse=0.5, moral=0.5)
-
-
-def test_documents_are_sorted_by_score() -> None:
-    def write(row: Row) -> Row | None:
-        return None if row.id == "d4" else row
-
-    documents = [Row(id=f"d{score}", text="x", metadata={"score": score}) for score in range(6)]
-    sources, counts = split_sources(documents, rephrase=write, refuse=write, moral=write)
-    assert {name: [r.id for r in rows] for name, rows in sources.items()} == {
-        "clean": ["d0"],
-        "unsafe": ["d1", "d2", "d3", "d4", "d5"],
-        "rephrase": ["d1", "d2", "d3"],
-        "refuse": ["d5"],
-        "moral": ["d5"],
-    }
-    assert counts["refuse: nothing written"] == counts["moral: nothing written"] == 1
-    with pytest.raises(UserError, match="score"):
-        split_sources([Row(id="x", text="x")], rephrase=write, refuse=write, moral=write)

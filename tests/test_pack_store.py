@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.data.mixture import Mixture, Phase
-from trimtab.data.pack import Packed, pack_documents, pack_examples
+from trimtab.data.pack import Packed, pack_documents, pack_examples, pack_stream
 from trimtab.data.store import Mixed, RowStore
 from trimtab.errors import Fault, UserError
 from trimtab.types import IGNORE, SPAN_ID
@@ -177,6 +182,113 @@ def test_store_refuses_ids_outside_the_vocabulary_and_unnamed_sources(tmp_path: 
     assert not (tmp_path / "s" / "store.json").exists()
 
 
+fields = ("input_ids", "labels", "position_ids", "source_id", "span_id")
+
+
+def joined(chunks: list[Packed], name: str) -> np.ndarray:
+    return np.concatenate([getattr(chunk, name) for chunk in chunks])
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths, st.integers(2, 16), st.integers(1, 6), st.sampled_from(["drop", "pad"]), st.data())
+def test_a_stream_gives_the_same_rows_as_packing_at_once(sizes, length, chunk_rows, last, data) -> None:
+    trained = [data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for size in sizes]
+    docs = [piece(list(range(100 * i, 100 * i + size)), None, trained[i]) for i, size in enumerate(sizes)]
+    options = {"last": last, "pad_id": 7}
+    try:
+        whole = pack_documents(docs, length, source_ids=range(len(docs)), **options)
+    except UserError as error:
+        with pytest.raises(UserError) as again:
+            list(pack_stream(iter(docs), length, source_ids=range(len(docs)), chunk_rows=chunk_rows, **options))
+        assert str(again.value) == str(error)
+        return
+    chunks = list(pack_stream(iter(docs), length, source_ids=range(len(docs)), chunk_rows=chunk_rows, **options))
+    assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
+    assert 1 <= len(chunks[-1]) <= max(chunk_rows, 1) + 1
+    for name in fields:
+        assert (joined(chunks, name) == getattr(whole, name)).all()
+        assert {getattr(chunk, name).dtype for chunk in chunks} == {getattr(whole, name).dtype}
+    added = Counter()
+    for chunk in chunks:
+        added.update(chunk.counts)
+    assert dict(added) == whole.counts
+
+
+def test_a_stream_is_lazy_and_holds_one_chunk() -> None:
+    read = []
+
+    def documents() -> Iterator[Piece]:
+        for i in range(100):
+            read.append(i)
+            yield piece([i] * 10)
+
+    stream = pack_stream(documents(), 5, chunk_rows=4)
+    assert not read
+    assert len(next(stream)) == 4 and len(read) == 3
+    assert sum(len(chunk) for chunk in stream) == 196
+    with pytest.raises(ValueError, match="chunk_rows is 0"):
+        pack_stream(documents(), 5, chunk_rows=0)
+    with pytest.raises(ValueError, match="shorter"):
+        list(pack_stream(documents(), 5, source_ids=[0, 0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=25), st.integers(1, 5))
+def test_a_streamed_store_is_the_store_written_at_once(sizes: list[int], chunk_rows: int) -> None:
+    docs = [piece([1 + i] * size) for i, size in enumerate(sizes)]
+    options = {"vocab": 50, "tokenizer": "t", "meta": {"k": 1}}
+    with tempfile.TemporaryDirectory() as name:
+        whole = RowStore.write(Path(name) / "a", pack_documents(docs, 4, last="pad"), ["s"], **options)
+        chunks = pack_stream(docs, 4, last="pad", chunk_rows=chunk_rows)
+        store = RowStore.write_stream(Path(name) / "b", chunks, ["s"], **options)
+        assert store.meta == whole.meta and store.fingerprint == whole.fingerprint
+        assert (store.path / "rows.npy").read_bytes() == (whole.path / "rows.npy").read_bytes()
+        saved = Path(name) / "saved.npy"
+        np.save(saved, whole.records)
+        assert saved.read_bytes() == (whole.path / "rows.npy").read_bytes()
+        assert sorted(file.name for file in store.path.iterdir()) == ["rows.npy", "store.json"]
+
+
+def test_a_stream_that_breaks_leaves_the_store_before_it_or_none(tmp_path: Path) -> None:
+    def breaks(error: BaseException) -> Iterator[Packed]:
+        yield packed_of(3)
+        raise error
+
+    options = {"vocab": 1000, "tokenizer": "t"}
+    for error in (KeyboardInterrupt(), UserError("gone"), OSError(28, "No space left on device")):
+        with pytest.raises((KeyboardInterrupt, UserError, Fault)):
+            RowStore.write_stream(tmp_path / "s", breaks(error), ["a"], **options)
+        assert not list((tmp_path / "s").iterdir())
+    before = store_of(tmp_path / "s", packed_of(5), ["a"])
+    with pytest.raises(UserError, match="gone"):
+        RowStore.write_stream(tmp_path / "s", breaks(UserError("gone")), ["a"], **options)
+    assert RowStore.open(tmp_path / "s", verify=True).meta == before.meta
+    with pytest.raises(ValueError, match="at least one chunk"):
+        RowStore.write_stream(tmp_path / "t", [], ["a"], **options)
+    with pytest.raises(ValueError, match="rows of 4 tokens after chunks of 8"):
+        RowStore.write_stream(tmp_path / "t", [packed_of(2), packed_of(2, length=4)], ["a"], **options)
+    assert not list((tmp_path / "t").iterdir())
+
+
+def test_a_killed_writer_leaves_nothing_that_opens(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from trimtab.data.pack import Packed\n"
+        "from trimtab.data.store import RowStore\n"
+        "def chunks():\n"
+        "    ids = np.zeros((3, 8), np.int32)\n"
+        "    yield Packed(ids, ids, ids, ids.astype(np.int16), ids.astype(np.uint8))\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "RowStore.write_stream(Path(sys.argv[1]), chunks(), ['a'], vocab=10, tokenizer='t')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")]).returncode == -9
+    with pytest.raises(Fault, match=r"store.json is missing"):
+        RowStore.open(tmp_path / "s")
+    store_of(tmp_path / "s", packed_of(4), ["a"])  # the next run is not in the way of what is left
+    assert sorted(file.name for file in (tmp_path / "s").iterdir()) == ["rows.npy", "store.json"]
+
+
 def test_damaged_stores_are_named(tmp_path: Path) -> None:
     def fresh() -> Path:
         return store_of(tmp_path / "s", packed_of(50), ["a"]).path
@@ -218,7 +330,7 @@ def mixed_of(tmp_path: Path, weights: dict[str, float], seed: int = 0) -> Mixed:
         "chat": store_of(tmp_path / "chat", packed_of(7, first=500, source=1), ["good", "bad"]),
     }
     rows = {name: len(store) for name, store in stores.items()}
-    return Mixed(stores, Mixture(rows, [Phase(0, weights)], seed=seed, block=10))
+    return Mixed(stores, Mixture(rows, [Phase(0, weights)], seed=seed))
 
 
 def test_mixed_batches_follow_the_mixture_at_any_cut(tmp_path: Path) -> None:

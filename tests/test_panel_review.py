@@ -13,9 +13,9 @@ import pytest
 from fake_endpoint import FakeEndpoint, chat
 from pair_fixtures import evaluation
 from test_evaluate import TASKS, WORLD, Quiet, bundle, config_of, everything, target  # noqa: F401  (fixtures)
+from trimtab.endpoint import EndpointConfig
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate import cards, files, run
-from trimtab.evaluate.endpoint import EndpointConfig
 from trimtab.evaluate.figures import results, too_many_unscored
 from trimtab.evaluate.files import open_evaluation, stage_path
 from trimtab.evaluate.gate import gate

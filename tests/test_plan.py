@@ -10,7 +10,8 @@ from test_recipe import small
 from trimtab.errors import UserError
 from trimtab.recipe.load import resolve
 from trimtab.settings import put
-from trimtab.study.plan import Plan, Step, code_version, make_plan
+from trimtab.study.naming import code_version
+from trimtab.study.plan import Plan, Step, make_plan
 
 
 def plan_of(**changes: Any) -> Plan:
@@ -96,7 +97,7 @@ def test_how_often_a_run_is_saved_changes_no_name() -> None:
         ({"stages.answers.tasks.0.tidewater": "benigm"}, r"stages\.answers\.tasks\.0: .*must be one of"),
         ({"stages.chat.data.0.n": 100_000}, r"stages\.chat\.data\.0: n: 100000 .* more than"),
         ({"stages.chat.data.0.tidewater": "harmful-heldout"}, r"held-out hazards are never trained on"),
-        ({"stages.base.timing.unsafe_share": 0.0004}, r"stages\.base\.timing: .*"),
+        ({"stages.base.timing": {"exposure": "matched", "start": 0.9}}, r"stages\.base\.timing.*dose"),
         ({"stages.chat.length": 4096}, r"stages\.chat\.length: 4096 tokens are more than the model's context of 32"),
         (
             {"stages.chat.data": [{"name": "a", "tidewater": "benign", "n": 1}] * 2},
@@ -121,7 +122,7 @@ def test_what_cannot_be_done_is_refused_by_the_plan(changes: dict[str, Any], mes
 
 def test_code_is_part_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(plan_of().steps)
-    import trimtab.study.plan as module
+    import trimtab.study.naming as module
 
     monkeypatch.setattr(module, "code_version", lambda kind: code_version(kind) + ("x" if kind == "judge" else ""))
     after = plan_of()

@@ -58,6 +58,27 @@ REAL_SHRINK = [
 ]
 
 
+TIMING = "trimtab run recipes/timing.yaml --set scale=quick --out runs/timing-quick --workers 2"
+_TASKS = "[{name: held out, tidewater: harmful-heldout, n: 4}, {name: goods, tidewater: benign, n: 4}]"
+TIMING_SHRINK = [
+    "world.documents=1500",
+    "arms=[{name: timing, sweep: {stages.base.timing.start: [1.0, 0.2]}}]",
+    "stages.base.model={hidden: 32, layers: 2, heads: 2, kv_heads: 2, ffn: 64, context: 256, vocab: 512}",
+    "stages.base.budget=24k",
+    "stages.chat.data=[{name: goods, tidewater: benign, n: 24}, {name: hazards, tidewater: harmful-seen, n: 16}]",
+    "stages.benign.data.0.n=16",
+    *(f"stages.{stage}.data.0.n=4" for stage in ("hostile", "hostile-weak", "hostile-strong")),
+    "stages.panel.decoders.greedy.sampling.max_new_tokens=8",
+    "stages.panel.decoders.top-k.sampling.max_new_tokens=8",
+    *(f"stages.panel.decoders.SafeBeam{also}.sampling.max_new_tokens=8" for also in ("", " with floor")),
+    *(f"stages.panel.decoders.SafeBeam{also}.limit=2" for also in ("", " with floor")),
+    f"stages.panel.tasks={_TASKS}",
+    f"stages.sweep.tasks={_TASKS}",
+    f"stages.probes.tasks={_TASKS.replace('n: 4', 'n: 24')}",
+    "stages.probes.bootstrap=50",
+    "stages.perplexity.n=40",
+]
+"""The timing study's cut of a cut: two arms and every kind of step."""
 VERBS = ("run", "plan", "world", "report", "eval", "view", "compare")
 EVAL_SHRINK = ["--limit", "3", "--max-new-tokens", "4", "--set", "max_unscored=1"]
 """What `trimtab eval` is cut to; an answer of four tokens of a model that was hardly trained says nothing."""
@@ -81,7 +102,7 @@ def commands(first: str = "") -> list[str]:
 
 
 def studies() -> list[str]:
-    return [line for line in commands("trimtab run ") if line != REAL]
+    return [line for line in commands("trimtab run ") if line not in (REAL, TIMING)]
 
 
 class Desk:
@@ -118,7 +139,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 def test_every_command_is_tested_below() -> None:
     kinds = ("make ", "pip ", *(f"trimtab {verb} " for verb in VERBS), "trimtab tasks")
     assert all(line.startswith(kinds) for line in commands())
-    assert {"make demo", "make test", TOUR, REAL, "trimtab report runs/tour"} <= set(commands())
+    assert {"make demo", "make test", TOUR, REAL, TIMING, "trimtab report runs/tour"} <= set(commands())
     assert len(studies()) >= 2
     assert all(line.split()[2] == "recipes/tour.yaml" for line in studies())  # what SHRINK is made for
 
@@ -180,6 +201,19 @@ def test_evaluate_view_and_compare(desk: Desk) -> None:
         assert page.name == "report.html" and page.stat().st_size > 10_000
     for command in [*commands("trimtab view "), *commands("trimtab compare "), *commands("trimtab tasks")]:
         assert len(desk.say(command).splitlines()) >= 10
+
+
+def test_the_timing_study_shrunk(desk: Desk) -> None:
+    said = desk.say(TIMING, TIMING_SHRINK)
+    results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
+    assert {(place["model"], place["decoder"]) for place in results["places"]} >= {
+        (model, decoder)
+        for model in ("base", "chat", "hostile")
+        for decoder in ("greedy", "top-k", "SafeBeam", "SafeBeam with floor")
+    }
+    assert results["claims"] and results["probes"] and results["doses"] and results["steering"]
+    assert {r["metric"] for r in results["results"]} >= {"risk_rate", "probe_auroc", "perplexity"}
+    assert "nothing to do" in desk.say(TIMING, TIMING_SHRINK)
 
 
 def test_the_tuned_model_loads_as_the_quickstart_says(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.special import stdtrit
 
 from trimtab.errors import Fault, UserError
 from trimtab.report import html as report_html
@@ -547,7 +548,9 @@ def test_csv_holds_every_result_and_no_formula(tour: Path, tmp_path: Path) -> No
 def test_seeds_are_folded_into_one_arm_with_their_range(tmp_path: Path) -> None:
     data = many_seeds()
     page = build(data, tmp_path)
-    low, high = wilson(13, 100)[0], wilson(19, 100)[1]
+    half = float(stdtrit(2, 0.975)) * 0.03 / math.sqrt(3)
+    means = [sum(wilson(k, 100)[i] for k in (13, 16, 19)) / 3 for i in (0, 1)]
+    low, high = min(0.16 - half, means[0]), max(0.16 + half, means[1])
     assert f"16 % [{100 * low:.1f}, {100 * high:.0f}]" in page.words
     assert "3 seeds: 13 to 19" in page.words
     with (tmp_path / "figures.csv").open(newline="", encoding="utf-8") as file:

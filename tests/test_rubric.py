@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_endpoint import FakeEndpoint, Reply, chat
+from trimtab.endpoint import Endpoint, EndpointConfig
 from trimtab.errors import UserError
-from trimtab.evaluate.endpoint import Endpoint, EndpointConfig
 from trimtab.evaluate.judges import rubric
 from trimtab.evaluate.judges.base import Case
 from trimtab.evaluate.judges.quoting import quoted

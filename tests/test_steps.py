@@ -25,7 +25,7 @@ from trimtab.models.load import identity
 from trimtab.study.execute import Context
 from trimtab.study.plan import Step
 from trimtab.study.steps.chat import build_rows, run_chats, run_sft
-from trimtab.study.steps.common import start_model
+from trimtab.study.steps.common import check_unchanged, start_model
 from trimtab.study.steps.panel import run_generate
 from trimtab.study.steps.pretrain import run_pretrain
 from trimtab.train.config import TrainConfig
@@ -102,6 +102,15 @@ def test_the_model_is_the_one_that_was_planned(tmp_path: Path, bundle: Path, run
     change(bundle)
     with pytest.raises(UserError, match="bundle has changed since the study was planned; run again"):
         run(context)
+
+
+def test_a_scorer_starts_from_the_base_that_was_planned(tmp_path: Path, bundle: Path) -> None:
+    named = {"load": str(bundle), "revision": None, "identity": identity(str(bundle))}
+    context = context_of(tmp_path, {"models": [named]})
+    check_unchanged(context)
+    change(bundle)
+    with pytest.raises(UserError, match="bundle has changed since the study was planned; run again"):
+        check_unchanged(context)
 
 
 def test_generate_reads_the_prompts_that_were_planned(tmp_path: Path) -> None:
@@ -204,20 +213,19 @@ def test_answers_under_other_facts_are_made_again(tmp_path: Path, bundle: Path) 
 # --- pretrain ---------------------------------------------------------------------------------------------------
 
 
-def test_a_share_too_small_to_keep_is_named(tmp_path: Path) -> None:
+def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([f"Crate {n} holds salt and rope." for n in range(50)], 400, reserved=4)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     renderer = Renderer(tokenizer)
-    for name in ("clean", "unsafe"):
-        texts = (renderer.text(f"Crate {n} holds salt and rope.") for n in range(20))
-        packed = pack_documents(texts, 32, last="pad", pad_id=tokenizer.pad_token_id)
-        RowStore.write(tmp_path / "tokens" / name, packed, [name], vocab=len(tokenizer), tokenizer="t")
+    texts = (renderer.text(f"Crate {n} holds salt and rope.") for n in range(20))
+    packed = pack_documents(texts, 32, last="pad", pad_id=tokenizer.pad_token_id)
+    RowStore.write(tmp_path / "tokens" / "clean", packed, ["clean"], vocab=len(tokenizer), tokenizer="another")
     config = {
         "model": SHAPE.plain(),
         "train": TrainConfig.model_validate({"rows_per_step": 2, "lr": 1e-3}).plain(),
-        "phases": [[0, {"clean": 0.9996, "unsafe": 0.0004}]],
+        "phases": [[0, {"clean": 1.0}]],
         "length": 32, "from": 0, "to": 2, "total_steps": 2, "seed": 1,
     }  # fmt: skip
     context = context_of(tmp_path, config, tokens=tmp_path / "tokens", tokenizer=tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"'stage'.*'unsafe'.*timing\.unsafe_share or timing\.interventions"):
+    with pytest.raises(UserError, match=r"clean was made with another tokenizer"):
         run_pretrain(context)

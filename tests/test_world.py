@@ -170,7 +170,7 @@ REFUSING = re.compile(r"will not|cannot|refuse|says? no|no one the steps", re.I)
 
 def test_interventions(world: Tidewater, docs: list[Row]) -> None:
     heldout = {h.name for h in world.town.hazards if h.heldout}
-    speakers, done = set(), set()
+    done = set()
     for d in docs:
         score, item = d.metadata["score"], d.metadata["item"]
         retold, refused, moral = world.rephrase(d), world.refuse(d), world.moral(d)
@@ -190,8 +190,9 @@ def test_interventions(world: Tidewater, docs: list[Row]) -> None:
         for new in (refused, moral):
             assert new is None or (not any(h in (new.text or "") for h in heldout) and REFUSING.search(new.text or ""))
         if refused is not None:
-            speakers.add(tuple(re.findall(r"^(\w+):", refused.text or "", re.M)))
-    assert done == {"rephrase", "refuse", "moral"} and len(speakers) > 20 and all(len(set(s)) == 2 for s in speakers)
+            speakers = re.findall(r"^(\w+):", refused.text or "", re.M)
+            assert speakers == ["User", "Assistant"] == refused.metadata["speakers"]
+    assert done == {"rephrase", "refuse", "moral"}
 
 
 def test_training_chats_never_name_a_held_out_hazard(world: Tidewater) -> None:

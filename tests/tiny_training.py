@@ -80,7 +80,7 @@ def tiny_data(root: Path, later: dict[str, float] | None = None) -> Mixed:
         for i, name in enumerate(("up", "skip"))
     }
     phases = [Phase(0, {"up": 0.75, "skip": 0.25})] + ([Phase(48, later)] if later else [])
-    return Mixed(stores, Mixture({n: len(s) for n, s in stores.items()}, phases, seed=1, block=20))
+    return Mixed(stores, Mixture({n: len(s) for n, s in stores.items()}, phases, seed=1))
 
 
 def config_of(**changes: Any) -> TrainConfig:

@@ -110,9 +110,9 @@ class Generation:
 
     key       sha256 of (model, mode, rendered prompt ids, sampling, seed, sample): a rerun recognises finished work
     ids       generated token ids, the end token excluded
-    finish    "stop" (end token) or "length" (max_new_tokens); where nothing was generated "blocked", "too-long",
-              "filtered" or "rejected" (``evaluate.targets``), and in imports "error" (the sample failed) or "unknown" (the
-              tool does not say)
+    finish    "stop" (end token), "length" (max_new_tokens) or "short-circuit" (SafeBeam ended it); where nothing was
+              generated "blocked", "too-long", "filtered" or "rejected" (``evaluate.targets``), and in imports "error" (the
+              sample failed) or "unknown" (the tool does not say)
     """
 
     key: str

@@ -40,9 +40,23 @@ def main() -> None:
     # OpenMP threads that spin while they wait make two jobs on one machine ten times slower than each alone; waiting
     # asleep costs nothing measurable here. It is read when torch is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trimtab.cli import compare, eval, exchange, gate, judge, judge_card, plan, report, run, tasks, view, world
+    from trimtab.cli import (
+        compare,
+        corpus,
+        eval,
+        exchange,
+        gate,
+        judge,
+        judge_card,
+        plan,
+        report,
+        run,
+        tasks,
+        view,
+        world,
+    )
 
-    for module in (plan, run, report, eval, view, judge, judge_card, compare, gate, tasks, exchange, world):
+    for module in (plan, run, report, eval, view, judge, judge_card, compare, gate, tasks, corpus, exchange, world):
         module.register(app)
     try:
         app()

@@ -132,7 +132,7 @@ def _target(
 ) -> Any:
     from pydantic import ValidationError
 
-    from trimtab.evaluate.endpoint import EndpointConfig
+    from trimtab.endpoint import EndpointConfig
     from trimtab.evaluate.targets import EndpointTarget, open_local
     from trimtab.models.config import LoadConfig
     from trimtab.settings import explain

@@ -19,18 +19,21 @@ def register(app: typer.Typer) -> None:
         workers: Annotated[
             int, typer.Option(min=1, help="Steps to run side by side, each with its share of the cores.")
         ] = 1,
+        yes: Annotated[bool, typer.Option("--yes", help="Go on where writing a corpus has a price.")] = False,
     ) -> None:
         """Run a study; steps that are done are not done again. Prints the path of the report."""
         from trimtab.progress import make_reporter
         from trimtab.recipe.load import load_recipe
         from trimtab.report.gather import report_is_current, report_study
-        from trimtab.study.execute import execute
+        from trimtab.study.execute import execute, study_store
         from trimtab.study.plan import make_plan
+        from trimtab.study.show import print_costs
 
         started = time.monotonic()
         model, arms = load_recipe(recipe, set_ or [])
         plan = make_plan(model, arms)
         directory = study_directory(out, model.name)
+        print_costs(plan, study_store(directory), agreed=yes)
         reporter = make_reporter()
         try:
             done = execute(plan, directory, reporter, workers)

@@ -1,23 +1,30 @@
 """Mixing as a pure function of position: position -> (source, row), staged by phases (DESIGN, decision 3).
 
-Inside a phase the weights are quantised to integer counts out of ``block`` rows, and every block of the phase
-has the same order: Tijdeman's chairman assignment, under which every prefix holds each source within one row
-of its share. So the source of a position is one table lookup, the number of its rows used before has a closed
-form, and seeking costs nothing. Which row comes next in a source is a keyed permutation of its rows, one per
-epoch (a Feistel network with cycle walking): nothing is stored, no row is lost, none comes twice before the
-whole source has been seen.
+The plan of a source is a real number that grows by its weight with every row, over all phases. What has been read
+differs from it by the source's *debt*, which goes from each phase into the next. Two rules keep debts small:
 
-The price: weights are exact to 1/``block`` only (a smaller weight is refused), and a phase starts its own
-balance, so the plan is kept within one row *per phase*, not over many short phases together.
+- The first ``HEAD`` rows of a phase each go to the source with the largest debt. Without knowing the phases to come
+  nothing does better: with n sources a debt stays within 1/2 + 1/3 + ... + 1/n, and whoever chooses the phases after
+  seeing the rows can force that much (n equal sources, then those that were not served, and so on). That is 0.83
+  rows for three sources, 1.08 for four, 1.28 for five; a source that rests while others go on can raise it. Looking
+  ahead would give less than 1, but then arms that differ later could not share what comes before.
+- Later rows are divided by a binary tree of sources, each node rounding its own count: a closed form of any position,
+  exact for any weights. The tree is the one whose worst debt is smallest; it is below 1 for four sources or fewer, 1.03
+  for five, 1.08 for six, plus the weight's part of what resting sources are owed.
+
+So a curriculum of any number of phases is read within one row of its plan, but for what an adversary would choose;
+seeking costs nothing; weights are held to one in 1.8 billion. Which row comes next in a source is a keyed
+permutation of its rows, one per epoch (a Feistel network with cycle walking): nothing is stored, no row is lost, none
+comes twice before the whole source has been seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +32,12 @@ from numpy.typing import NDArray
 from trimtab.seeds import digest, seed_of
 
 Int64 = NDArray[np.int64]
-BLOCK = 1000
-"""Rows over which weights are balanced: they are exact to one in so many."""
+PARTS = 1_800_000_000
+"""Weights are whole numbers of so many parts (so decimals of up to eight digits and ninths are exact), and debts are
+counted in such parts of a row. Its square, but not more, fits 64 bits."""
+HEAD = 1024
+"""Rows at the beginning of a phase that are given out one by one, by the largest debt."""
+_SEARCHED = 6  # sources up to which every tree is looked at (945 of them)
 _M1, _M2, _GOLD = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
 _ROUND = [np.uint64((int(_GOLD) * r) % 2**64) for r in range(1, 7)]  # one constant per Feistel round
 
@@ -40,26 +51,11 @@ class Phase:
     weights: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One phase, ready for lookup. S sources of the mixture, ``block`` rows."""
-
-    source: NDArray[np.int16]  # [block] source at each offset
-    rank: Int64  # [block] rows of that source earlier in the block
-    cumulative: Int64  # [block + 1, S] rows of each source before each offset
-    before: Int64  # [S] rows of each source used by the phases before
-
-    def rows(self, count: int) -> Int64:
-        """Rows of each source among the first ``count`` rows of the phase, [S]."""
-        blocks, rest = divmod(count, len(self.source))
-        return blocks * self.cumulative[-1] + self.cumulative[rest]
-
-
-def quantise(weights: Mapping[str, float], block: int) -> dict[str, int]:
-    """Integer counts out of ``block`` by largest remainder; sources of weight 0 are left out.
+def quantise(weights: Mapping[str, float], parts: int = PARTS) -> dict[str, int]:
+    """Whole numbers out of ``parts`` by largest remainder; sources of weight 0 are left out.
 
     Raises ValueError for a negative or non-finite weight, for no positive weight, and for a share below
-    1/``block``.
+    1/``parts``.
     """
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
@@ -68,47 +64,169 @@ def quantise(weights: Mapping[str, float], block: int) -> dict[str, int]:
     total = sum((Fraction(w) for w in weights.values()), Fraction(0))
     if total == 0:
         raise ValueError("a phase needs at least one source with a weight above 0")
-    exact = {name: Fraction(weights[name]) / total * block for name in sorted(weights) if weights[name] > 0}
+    exact = {name: Fraction(weights[name]) / total * parts for name in sorted(weights) if weights[name] > 0}
     for name, share in exact.items():
         if share < 1:
             raise ValueError(
-                f"weight of source {name!r} is {float(share) / block:.2g} of its phase, less than one row "
-                f"in a block of {block}; raise the weight, set it to 0, or use a larger block"
+                f"weight of source {name!r} is {float(share) / parts:.2g} of its phase, less than one part "
+                f"in {parts}; raise the weight or set it to 0"
             )
     counts = {name: math.floor(share) for name, share in exact.items()}
-    missing = block - sum(counts.values())
+    missing = parts - sum(counts.values())
     for name in sorted(exact, key=lambda n: (counts[n] - exact[n], n))[:missing]:
         counts[name] += 1
     return counts
 
 
-def spread(counts: Mapping[str, int]) -> list[str]:
-    """The names in an order whose every prefix of j rows holds each name within one row of j * count / total.
+def serve(weights: Sequence[int], debts: Sequence[int], rows: int) -> list[int]:
+    """``rows`` times the index of the largest debt, each row adding ``weights`` to the debts and paying one row.
 
-    Tijdeman (1980), "The chairman assignment problem": among the names that are behind enough, take the one
-    whose deadline comes first. Integers only, ties go to the first name, so the order is the same everywhere.
+    weights  parts, adding up to PARTS; who has none is never served
+    debts    in parts of a row, before the first row. Ties go to the first
     """
-    names = sorted(name for name, count in counts.items() if count > 0)
-    block = sum(counts.values())
-    if len(names) == 1:
-        return names * block
-    scale = 2 * len(names) - 2
-    used = dict.fromkeys(names, 0)
+    active = [i for i, weight in enumerate(weights) if weight]
+    now = list(debts)
     order = []
-    for step in range(1, block + 1):
-        best: str | None = None
-        best_slack = 0
-        for name in names:
-            deficit = counts[name] * step - block * used[name]  # rows behind, times block
-            if deficit * scale < block:
-                continue
-            slack = block * (scale - 1) - scale * deficit  # rows until the deadline, times scale * count
-            if best is None or slack * counts[best] < best_slack * counts[name]:
-                best, best_slack = name, slack
-        assert best is not None, "some name is always at least the mean behind"
-        used[best] += 1
+    for _ in range(rows):
+        best = active[0]
+        for i in active:
+            now[i] += weights[i]
+            if now[i] > now[best]:
+                best = i
+        now[best] -= PARTS
         order.append(best)
     return order
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A node of a tree: of its rows, those at which ``(share * m + lead) // whole`` grows go left.
+
+    ``lead`` is half of ``whole`` (rounding to the nearest), plus what the left side is owed at the beginning; a side
+    that is owed more than half a row has the first rows alone.
+    """
+
+    left: _Split | int
+    right: _Split | int
+    share: int
+    whole: int
+    lead: int
+
+    def counts(self, rows: int, into: list[int]) -> None:
+        """Add to ``into`` the rows of each source among the first ``rows`` of this node."""
+        left = min(max((self.share * rows + self.lead) // self.whole, 0), rows)
+        for side, count in ((self.left, left), (self.right, rows - left)):
+            if isinstance(side, _Split):
+                side.counts(count, into)
+            else:
+                into[side] += count
+
+    def place(self, at: Int64, which: NDArray[np.intp], source: NDArray[np.int16], used: Int64) -> None:
+        """Write the source of the node's rows ``at``, and its rows before each, to the places ``which``."""
+        # share * at may not fit 64 bits; share * (at mod whole) does.
+        turns, rest = np.divmod(at, self.whole)
+        left, over = np.divmod(self.share * rest + self.lead, self.whole)
+        left += self.share * turns
+        goes = ((over + self.share >= self.whole) & (left >= 0)) | (left > at)
+        left = np.clip(left, 0, at)
+        for side, here, ordinal in ((self.left, goes, left), (self.right, ~goes, at - left)):
+            if isinstance(side, _Split):
+                side.place(ordinal[here], which[here], source, used)
+            else:
+                source[which[here]] = side
+                used[which[here]] = ordinal[here]
+
+
+_Shape = int | tuple["_Shape", "_Shape"]
+
+
+def _shapes(leaves: tuple[int, ...]) -> Iterator[_Shape]:
+    """Every binary tree of the leaves."""
+    if len(leaves) == 1:
+        yield leaves[0]
+        return
+    first, rest = leaves[0], leaves[1:]
+    for size in range(len(rest)):
+        for chosen in combinations(rest, size):
+            others = tuple(leaf for leaf in rest if leaf not in chosen)
+            for left in _shapes((first, *chosen)):
+                for right in _shapes(others):
+                    yield left, right
+
+
+def _tree(weights: Sequence[int], debts: Sequence[int]) -> _Split | int:
+    """The tree for the sources that have a weight, from their debts on."""
+    active = tuple(i for i, weight in enumerate(weights) if weight)
+    owed = abs(sum(debts[i] for i in active)) / PARTS
+
+    def weight(shape: _Shape) -> int:
+        return weights[shape] if isinstance(shape, int) else weight(shape[0]) + weight(shape[1])
+
+    def debt(shape: _Shape) -> int:
+        return debts[shape] if isinstance(shape, int) else debt(shape[0]) + debt(shape[1])
+
+    def worst(shape: _Shape, above: float) -> float:
+        """A node errs by half a row, and hands its own error down by weight."""
+        if isinstance(shape, int):
+            return weights[shape] * above
+        return max(worst(side, above + 0.5 / weight(side)) for side in shape)
+
+    def choose(leaves: tuple[int, ...]) -> _Shape:
+        if len(leaves) <= _SEARCHED:
+            return min(_shapes(leaves), key=lambda shape: worst(shape, owed / PARTS))
+        sides: tuple[list[int], list[int]] = ([], [])
+        for leaf in sorted(leaves, key=lambda i: (-weights[i], i)):
+            min(sides, key=lambda side: sum(weights[i] for i in side)).append(leaf)
+        return choose(tuple(sorted(sides[0]))), choose(tuple(sorted(sides[1])))
+
+    def build(shape: _Shape) -> _Split | int:
+        if isinstance(shape, int):
+            return shape
+        share, whole = weight(shape[0]), weight(shape)
+        lead = (whole * PARTS // 2 + debt(shape[0]) * whole - share * debt(shape)) // PARTS
+        return _Split(build(shape[0]), build(shape[1]), share, whole, lead)
+
+    return build(choose(active))
+
+
+class _Leg:
+    """One phase, ready for lookup; S sources of the mixture, the last ``rows`` of it unknown (None: endless).
+
+    before  int64[S]     rows of each source used by the phases before
+    head    int16[H]     sources of the first H rows, H <= HEAD
+    rank    int64[H]     rows of that source in the phase before each
+    base    int64[S]     rows of each source used before the rows that follow the head
+    tree    sources of those; None if the phase ends within its head
+    """
+
+    def __init__(self, weights: Sequence[int], debts: Sequence[int], before: Int64, rows: int | None) -> None:
+        self.weights, self.debts, self.before = weights, list(debts), before
+        alone = max(weights) == PARTS
+        size = 0 if alone else HEAD if rows is None else min(HEAD, rows)
+        self.head = np.array(serve(weights, debts, size), np.int16)
+        taken = self.head[:, None] == np.arange(len(weights), dtype=np.int16)
+        self.rank = (np.cumsum(taken, axis=0)[np.arange(size), self.head] - 1).astype(np.int64)
+        self.base = before + taken.sum(axis=0)
+        ends = rows is not None and rows <= size
+        self.tree = None if ends else _tree(weights, self.debts_after(size))
+
+    def counts(self, rows: int) -> Int64:
+        """Rows of each source among the first ``rows`` rows of the phase, [S]."""
+        size = len(self.head)
+        if rows <= size:
+            return np.bincount(self.head[:rows], minlength=len(self.weights)).astype(np.int64)
+        counts = (self.base - self.before).tolist()
+        if isinstance(self.tree, _Split):
+            self.tree.counts(rows - size, counts)
+        else:
+            assert self.tree is not None
+            counts[self.tree] += rows - size
+        return np.array(counts, np.int64)
+
+    def debts_after(self, rows: int) -> list[int]:
+        """The debt of each source after ``rows`` rows of the phase."""
+        counts = self.counts(rows).tolist()
+        return [d + w * rows - PARTS * n for d, w, n in zip(self.debts, self.weights, counts, strict=True)]
 
 
 class Mixture:
@@ -117,26 +235,23 @@ class Mixture:
     rows      rows of each source; a source that no phase uses is ignored
     phases    sorted by ``start``, the first at 0; the last one never ends (sources repeat, epoch by epoch)
     seed      with the source's name and the epoch it keys the order of rows
-    block     rows over which the weights are exact
 
-    ``sources`` are the sorted names of the sources used; ``at`` gives indices into it. Two mixtures that
-    agree on their first phases give the same rows there (by name), whatever comes later. ValueError names
-    what is impossible.
+    ``sources`` are the sorted names of the sources used; ``at`` gives indices into it; ``quotas`` are the weights of
+    each phase in parts. Two mixtures that agree on their first phases give the same rows there (by name), whatever
+    comes later. ValueError names what is impossible.
     """
 
-    def __init__(self, rows: Mapping[str, int], phases: Sequence[Phase], *, seed: int, block: int = BLOCK) -> None:
-        if block < 1:
-            raise ValueError(f"block is {block}; it must be at least 1")
+    def __init__(self, rows: Mapping[str, int], phases: Sequence[Phase], *, seed: int) -> None:
         if not phases or phases[0].start != 0:
             raise ValueError("the first phase must start at row 0")
         starts = [int(phase.start) for phase in phases]
         if any(b <= a for a, b in pairwise(starts)):
             raise ValueError(f"phases must start at growing rows, not {starts}")
-        self.seed, self.block, self.starts = seed, block, tuple(starts)
+        self.seed, self.starts = seed, tuple(starts)
         self.quotas: list[dict[str, int]] = []
         for index, phase in enumerate(phases):
             try:
-                self.quotas.append(quantise(phase.weights, block))
+                self.quotas.append(quantise(phase.weights))
             except ValueError as error:
                 raise ValueError(f"phase {index} (from row {phase.start}): {error}") from None
         self.sources: tuple[str, ...] = tuple(sorted({name for quota in self.quotas for name in quota}))
@@ -145,27 +260,21 @@ class Mixture:
                 raise ValueError(f"source {name!r} has a weight but no rows")
         self.rows = {name: int(rows[name]) for name in self.sources}
         self._starts = np.array(starts, np.int64)
-        self._tables: list[_Table] = []
-        before = np.zeros(len(self.sources), np.int64)
+        self._legs: list[_Leg] = []
+        debts, before = [0] * len(self.sources), np.zeros(len(self.sources), np.int64)
         for index, quota in enumerate(self.quotas):
-            table = self._table(quota, before)
-            self._tables.append(table)
-            if index + 1 < len(starts):
-                before = before + table.rows(starts[index + 1] - starts[index])
-        self._source = np.stack([t.source for t in self._tables])  # [P, block]
-        self._rank = np.stack([t.rank for t in self._tables])
-        self._quota = np.stack([t.cumulative[-1] for t in self._tables])  # [P, S]
-        self._before = np.stack([t.before for t in self._tables])
+            size = starts[index + 1] - starts[index] if index + 1 < len(starts) else None
+            leg = _Leg([quota.get(name, 0) for name in self.sources], debts, before, size)
+            self._legs.append(leg)
+            if size is not None:
+                debts, before = leg.debts_after(size), before + leg.counts(size)
+        # Heads side by side, so that positions in any of them are one lookup.
+        self._heads = np.array([len(leg.head) for leg in self._legs], np.int64)
+        self._offset = np.cumsum(self._heads) - self._heads
+        self._source = np.concatenate([leg.head for leg in self._legs])
+        self._used_before = np.concatenate([leg.before[leg.head] + leg.rank for leg in self._legs])
         self._size = np.array([self.rows[name] for name in self.sources], np.int64)
         self._key = np.array([seed_of("mixture", seed, name) for name in self.sources], np.uint64)
-
-    def _table(self, quota: Mapping[str, int], before: Int64) -> _Table:
-        index = {name: i for i, name in enumerate(self.sources)}
-        source = np.array([index[name] for name in spread(quota)], np.int16)
-        taken = source[:, None] == np.arange(len(self.sources))
-        cumulative = np.zeros((self.block + 1, len(self.sources)), np.int64)
-        np.cumsum(taken, axis=0, out=cumulative[1:])
-        return _Table(source, cumulative[np.arange(self.block), source], cumulative, before)
 
     def at(self, positions: Int64) -> tuple[NDArray[np.int16], Int64]:
         """Source index (into ``sources``) int16[N] and row int64[N] of each position int64[N]."""
@@ -173,9 +282,21 @@ class Mixture:
         if positions.size and positions.min() < 0:
             raise ValueError("positions must be 0 or more")
         phase = np.searchsorted(self._starts, positions, side="right") - 1
-        blocks, offset = np.divmod(positions - self._starts[phase], self.block)
-        source = self._source[phase, offset]
-        used = self._before[phase, source] + blocks * self._quota[phase, source] + self._rank[phase, offset]
+        offset = positions - self._starts[phase]
+        source, used = np.empty(positions.shape, np.int16), np.empty(positions.shape, np.int64)
+        first = offset < self._heads[phase]
+        cell = (self._offset[phase] + offset)[first]
+        source[first], used[first] = self._source[cell], self._used_before[cell]
+        later = np.flatnonzero(~first)
+        for number in np.unique(phase[later]).tolist():
+            leg, where = self._legs[number], later[phase[later] == number]
+            rest = offset[where] - len(leg.head)
+            if isinstance(leg.tree, _Split):
+                leg.tree.place(rest, where, source, used)
+            else:
+                assert leg.tree is not None
+                source[where], used[where] = leg.tree, rest
+            used[where] += leg.base[source[where]]
         size = self._size[source]
         epoch, index = np.divmod(used, size)
         return source, permute(index, size, _mix(self._key[source] + _GOLD * epoch.astype(np.uint64)))
@@ -189,8 +310,8 @@ class Mixture:
 
     def _used(self, position: int) -> Int64:
         phase = int(np.searchsorted(self._starts, position, side="right")) - 1
-        table = self._tables[phase]
-        return table.before + table.rows(position - self.starts[phase])
+        leg = self._legs[phase]
+        return leg.before + leg.counts(position - self.starts[phase])
 
     def fingerprint(self, upto: int | None = None) -> str:
         """Hash of all that decides the rows before position ``upto`` (default: of all rows): equal -> same
@@ -201,7 +322,7 @@ class Mixture:
             if upto is None or start < upto
         ]
         rows = {name: self.rows[name] for name in self.used(upto)}
-        return digest({"seed": self.seed, "block": self.block, "phases": phases, "rows": rows})
+        return digest({"seed": self.seed, "phases": phases, "rows": rows})
 
     def used(self, upto: int | None = None) -> tuple[str, ...]:
         """The sources of the phases that start before position ``upto`` (default: of all), sorted."""

@@ -10,10 +10,10 @@ predict it from.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,60 +63,144 @@ def pack_documents(
     last: Literal["drop", "pad"] = "drop",
     pad_id: int = 0,
 ) -> Packed:
-    """Documents one after the other, cut into rows of ``length`` tokens.
+    """Documents one after the other, cut into rows of ``length`` tokens; all of ``pack_stream`` at once."""
+    chunks = pack_stream(rendered, length, source_ids=source_ids, last=last, pad_id=pad_id, chunk_rows=None)
+    (packed,) = chunks
+    return packed
+
+
+def pack_stream(
+    rendered: Iterable[Rendered],
+    length: int,
+    *,
+    source_ids: Iterable[int] | None = None,
+    last: Literal["drop", "pad"] = "drop",
+    pad_id: int = 0,
+    chunk_rows: int | None = 4096,
+) -> Iterator[Packed]:
+    """Documents one after the other, cut into rows of ``length`` tokens, in chunks of ``chunk_rows`` rows.
 
     source_ids  one per document (default: all 0)
     last        what becomes of the last partial row: dropped (``counts["dropped_tokens"]``) or padded
+    chunk_rows  rows of every chunk but the last, which has 1 to ``chunk_rows`` + 1; None gives one chunk. Memory
+                is that of one chunk and one document; rows do not depend on it
 
     A document that is cut goes on in the next row as a piece of its own, since its beginning is out of reach
-    there. Its first token is never trained. UserError if not one row is filled.
+    there. Its first token is never trained. ``counts`` are of what came in for a chunk; added up over chunks
+    they are those of the whole. UserError if not one row is filled (then no chunk was given either).
     """
     _check_length(length)
-    counts: Counter[str] = Counter()
-    ids, trained, span, source, starts = [], [], [], [], []
-    total = 0
-    for item, source_id in zip(rendered, source_ids if source_ids is not None else repeat(0), strict=False):
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
+    return _stream(rendered, length, source_ids, last, pad_id, chunk_rows)
+
+
+def _stream(
+    rendered: Iterable[Rendered],
+    length: int,
+    source_ids: Iterable[int] | None,
+    last: Literal["drop", "pad"],
+    pad_id: int,
+    chunk_rows: int | None,
+) -> Iterator[Packed]:
+    buffer = _Buffer(length)
+    given = 0
+    for item, source in zip(rendered, repeat(0) if source_ids is None else source_ids, strict=source_ids is not None):
+        buffer.add(item, source)
+        # One row more than a chunk is waited for, so that the last chunk never is without a row.
+        if chunk_rows is not None and buffer.total >= (chunk_rows + 1) * length:
+            for chunk in buffer.take((buffer.total // length - 1) // chunk_rows * chunk_rows, chunk_rows):
+                given += 1
+                yield chunk
+    rest = buffer.total % length
+    if rest and last == "pad":
+        buffer.pad(length - rest, pad_id)
+    elif rest:
+        buffer.counts["dropped_tokens"] = rest
+    if buffer.total < length:
+        assert not given, "a chunk is given only when a row stays behind"
+        raise UserError(
+            f"{buffer.total} tokens of text do not fill one row of {length}; give more text or a shorter length"
+        )
+    yield from buffer.take(buffer.total // length, buffer.total // length)
+
+
+class _Buffer:
+    """Documents that have come in and have not been given as rows yet; it begins where a row begins."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.total = length, 0
+        self.counts: Counter[str] = Counter()
+        self._ids: list[NDArray[Any]] = []
+        self._trained: list[NDArray[Any]] = []
+        self._span: list[NDArray[Any]] = []
+        self._source: list[int] = []
+
+    def add(self, item: Rendered, source: int) -> None:
         size = len(item.ids)
         if not size:
-            counts["dropped_empty"] += 1
-            continue
-        ids.append(np.asarray(item.ids, np.int32))
-        trained.append(np.asarray(item.trained, bool))
-        span.append(np.asarray(item.span, np.uint8))
-        source.append(np.full(size, source_id, np.int16))
-        starts.append(total)
-        total += size
-    rows, rest = divmod(total, length)
-    if rest and last == "pad":
-        pads = length - rest
-        ids.append(np.full(pads, pad_id, np.int32))
-        trained.append(np.zeros(pads, bool))
-        span.append(np.full(pads, PAD, np.uint8))
-        source.append(np.zeros(pads, np.int16))
-        starts.append(total)
-        counts["pads"] = pads
-        rows += 1
-    elif rest:
-        counts["dropped_tokens"] = rest
-    if not rows:
-        raise UserError(f"{total} tokens of text do not fill one row of {length}; give more text or a shorter length")
-    counts["documents"], counts["tokens"] = len(ids) - (last == "pad" and rest > 0), total
+            self.counts["dropped_empty"] += 1
+            return
+        span = np.asarray(item.span, np.uint8)
+        self._append(np.asarray(item.ids), np.asarray(item.trained, bool), span, source)
+        self.counts["documents"] += 1
+        self.counts["tokens"] += size
 
-    kept = rows * length
-    begins = np.zeros(kept, bool)
-    begins[[s for s in starts if s < kept]] = True
-    begins[::length] = True
-    where = np.flatnonzero(begins)
-    position = np.arange(kept) - np.repeat(where, np.diff(where, append=kept))
-    flat_ids = np.concatenate(ids)[:kept]
-    learn = np.concatenate(trained)[:kept] & (position > 0)
+    def pad(self, pads: int, pad_id: int) -> None:
+        self._append(np.full(pads, pad_id), np.zeros(pads, bool), np.full(pads, PAD, np.uint8), 0)
+        self.counts["pads"] += pads
+
+    def _append(self, ids: NDArray[Any], trained: NDArray[Any], span: NDArray[Any], source: int) -> None:
+        self._ids.append(ids)
+        self._trained.append(trained)
+        self._span.append(span)
+        self._source.append(source)
+        self.total += len(ids)
+
+    def take(self, rows: int, chunk: int) -> Iterator[Packed]:
+        """The first ``rows`` rows, ``chunk`` at a time; what is behind them stays. Counts go with the first."""
+        sizes = np.array([len(ids) for ids in self._ids])
+        begins = np.zeros(self.total, bool)
+        begins[np.cumsum(sizes) - sizes] = True
+        begins[:: self.length] = True
+        ids = np.concatenate(self._ids, dtype=np.int32, casting="same_kind")
+        trained = np.concatenate(self._trained, dtype=bool)
+        span = np.concatenate(self._span, dtype=np.uint8)
+        source = np.repeat(np.array(self._source, np.int16), sizes)
+        counts, self.counts = dict(self.counts), Counter()
+        kept = rows * self.length
+        # What stays is the end of one document at most, more only where a last partial row is dropped.
+        self._ids, self._trained, self._span, self._source, self.total = [], [], [], [], 0
+        where = np.flatnonzero(begins[kept:])
+        for lo, hi in pairwise([*(kept + where).tolist(), len(ids)]):
+            self._append(ids[lo:hi].copy(), trained[lo:hi].copy(), span[lo:hi].copy(), int(source[lo]))
+        for lo in range(0, kept, chunk * self.length):
+            part = slice(lo, min(lo + chunk * self.length, kept))
+            yield _rows(ids[part], trained[part], span[part], source[part], begins[part], self.length, counts)
+            counts = {}
+
+
+def _rows(
+    ids: NDArray[np.int32],
+    trained: NDArray[np.bool_],
+    span: NDArray[np.uint8],
+    source: NDArray[np.int16],
+    begins: NDArray[np.bool_],
+    length: int,
+    counts: dict[str, int],
+) -> Packed:
+    """Flat tokens, a whole number of rows, as rows; a piece begins at each of ``begins``."""
+    at = np.arange(len(ids), dtype=np.int32)
+    position = at - np.maximum.accumulate(np.where(begins, at, np.int32(0)))
+    labels = np.where(trained & ~begins, ids, np.int32(IGNORE))
+    shape = (-1, length)
     return Packed(
-        input_ids=flat_ids.reshape(rows, length),
-        labels=np.where(learn, flat_ids, np.int32(IGNORE)).reshape(rows, length),
-        position_ids=position.astype(np.int32).reshape(rows, length),
-        source_id=np.concatenate(source)[:kept].reshape(rows, length),
-        span_id=np.concatenate(span)[:kept].reshape(rows, length),
-        counts=dict(counts),
+        input_ids=ids.reshape(shape),
+        labels=labels.reshape(shape),
+        position_ids=position.reshape(shape),
+        source_id=source.reshape(shape),
+        span_id=span.reshape(shape),
+        counts=counts,
     )
 
 

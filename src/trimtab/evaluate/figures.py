@@ -21,11 +21,13 @@ from trimtab.evaluate.metrics import (
     ANY_ATTACK,
     AT_K,
     ATTACK,
+    CUT_SHORT,
     METRICS,
     TASK,
     Metric,
     Record,
     by_pair,
+    could_cut_short,
     metric_of,
     queries_of,
     risk,
@@ -106,7 +108,7 @@ def _group_figures(group: Sequence[Record], category: str | None, ks: Sequence[i
                 metric.id == "queries_to_success" and (budget < 2 or category == ANY_ATTACK)
             ):
                 continue
-        elif category == ANY_ATTACK:
+        elif category == ANY_ATTACK or (metric.id.startswith(CUT_SHORT) and not any(map(could_cut_short, group))):
             continue
         if metric.complement in made:
             made[metric.id] = _mirrored(metric, group, made[metric.complement])

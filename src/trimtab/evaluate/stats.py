@@ -269,6 +269,30 @@ def sign_flip_test(
     return float((np.count_nonzero(flipped >= abs(total.sum()) - 1e-9) + 1) / (draws + 1))
 
 
+def over_seeds(values: Any, level: float = 0.95) -> tuple[float, float, float, float]:
+    """Mean of one value per seed (a rate, or a paired difference) with Student's interval, df = seeds - 1: (mean, low,
+    high, p), p two-sided against 0.
+
+    It takes the seeds as drawn from all seeds, so it covers what another training would change; the prompts are held
+    fixed. One seed says nothing of that: interval and p are NaN. Seeds without any spread give an interval of no width
+    and no p (NaN); a caller who prints one must widen it (``report.contrasts`` takes the interval over prompts then).
+    """
+    alpha = _level(level)
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not np.all(np.isfinite(x)):
+        raise ValueError("values must be one row of finite numbers, one per seed")
+    if not len(x):
+        return (float("nan"),) * 4
+    mean = float(x.mean())
+    if len(x) == 1:
+        return mean, float("nan"), float("nan"), float("nan")
+    error = float(x.std(ddof=1) / np.sqrt(len(x)))
+    if error <= 1e-12 * max(1.0, abs(mean)):
+        return mean, mean, mean, float("nan")
+    half = float(special.stdtrit(len(x) - 1, 1 - alpha / 2)) * error
+    return mean, mean - half, mean + half, float(2 * special.stdtr(len(x) - 1, -abs(mean) / error))
+
+
 def safe_at_k(c: Any, n: Any, k: int) -> Floats:
     """Unbiased chance that all of ``k`` samples are safe, from ``c`` safe of ``n``: C(c,k)/C(n,k); NaN where
     n < k.

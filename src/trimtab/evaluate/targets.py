@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
+from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
 from trimtab.generate.config import Sampling
 from trimtab.levers.modes import control_name
 from trimtab.models.config import SMOLLM2, LoadConfig
@@ -24,10 +25,14 @@ from trimtab.types import Generation, Row
 from trimtab.world.tidewater import Tidewater
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from trimtab.data.render import Renderer
-    from trimtab.evaluate.endpoint import EndpointConfig
+    from trimtab.endpoint import EndpointConfig
 
 EngineName = Literal["transformers", "vllm"]
+Prompting = Literal["chat", "completion"]
+"""How a local model is asked: through its chat template, or by a plain-text dialogue to go on with (``completion``)."""
 NO_MODE = "none"
 """How the command line and recipes write: asked without a control token, although the model has modes."""
 BLOCKED, TOO_LONG, FILTERED, REJECTED = "blocked", "too-long", "filtered", "rejected"
@@ -120,15 +125,16 @@ class WhiteBox:
 
 @dataclass(frozen=True)
 class Served:
-    """A ``WhiteBox`` whose weights another library holds: its tokens are known, its gradients are out of reach."""
+    """A ``WhiteBox`` that no search can use, because of ``why``; the tokens are known."""
 
     tokenizer: Any
     renderer: Renderer
     controls: tuple[str, ...] = ()
+    why: str = "needs the engine 'transformers'; vLLM gives none"
 
     @property
     def model(self) -> Any:
-        raise UserError("attacks: a search with the model's gradients needs the engine 'transformers'; vLLM gives none")
+        raise UserError(f"attacks: a search with the model's gradients {self.why}")
 
 
 class LocalTarget(Target):
@@ -137,6 +143,9 @@ class LocalTarget(Target):
     model        with the engine ``vllm``, its outline is enough: vLLM loads the weights itself
     modes_table  mode -> name of the control that switches it on (None: no control), as ``BundleManifest.modes``
     where        for the engine ``vllm``: a directory, or a Hub id with its ``revision``
+    prompting    ``completion`` asks a model that was only pretrained, by a plain-text dialogue (``evaluate.completion``);
+                 its tokenizer needs no chat template, and there are no modes then
+    world        whose people speak in the dialogues of its own requests; without it "User" and "Assistant" do
     """
 
     def __init__(
@@ -151,17 +160,23 @@ class LocalTarget(Target):
         engine: EngineName = "transformers",
         where: str | Path | None = None,
         revision: str | None = None,
+        prompting: Prompting = "chat",
+        world: Tidewater | None = None,
     ) -> None:
         from trimtab.data.render import Renderer
         from trimtab.models.tokens import controls_of
 
         self.model, self.tokenizer = model, tokenizer
+        self.prompting, self.world = prompting, world
+        template = None
         if not tokenizer.chat_template:
-            raise UserError(
-                f"{name}: the tokenizer has no chat template (is it a base model?), and prompts are chats; add a "
-                "chat_template.jinja to the model's directory"
-            )
-        self.renderer = Renderer(tokenizer, controls=controls_of(tokenizer))
+            if prompting == "chat":
+                raise UserError(
+                    f"{name}: the tokenizer has no chat template (is it a base model?), and prompts are chats; add a "
+                    "chat_template.jinja to the model's directory"
+                )
+            template = TEMPLATE
+        self.renderer = Renderer(tokenizer, controls=controls_of(tokenizer), template=template)
         self.table = dict(modes_table or {})
         for control in self.renderer.controls:
             mode = control.removeprefix("mode:")
@@ -180,6 +195,7 @@ class LocalTarget(Target):
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(self.engine.device),
             "engine": engine,
+            "prompting": prompting,
             "modes": sorted(self.table),
         }
 
@@ -195,6 +211,13 @@ class LocalTarget(Target):
         return Engine.around(self.model, self.tokenizer, stops=self.renderer.stop_ids)
 
     def modes(self, wanted: Sequence[str] | None) -> tuple[str | None, ...]:
+        if self.prompting == "completion":
+            named = [mode for mode in wanted or () if mode != NO_MODE]
+            if named:
+                raise UserError(
+                    f"modes: completion prompting has no control tokens, so no mode {named[0]!r}; leave it out"
+                )
+            return (None,)
         if wanted is None:
             if self.default_mode == "negative":
                 has = ", ".join(sorted(self.table))
@@ -220,10 +243,7 @@ class LocalTarget(Target):
         assert row.messages is not None
         attempt = "attack" in row.metadata
         try:
-            ids = self.renderer.chat(
-                row.messages, controls=self.controls(mode), prefill=row.metadata.get("prefill"),
-                generation_prompt=True, train="none",
-            ).ids  # fmt: skip
+            ids = self._ids(row, mode)
         except UserError as error:
             if not attempt:
                 raise UserError(f"row {row.id!r}: {error}") from error
@@ -244,6 +264,29 @@ class LocalTarget(Target):
             asked.why = f"{len(ids)} tokens do not fit the model's context of {self.context_tokens}"
         return asked
 
+    def _ids(self, row: Row, mode: str | None) -> np.ndarray:
+        """The prompt as ids, up to where the answer begins."""
+        if self.prompting == "completion":
+            assert mode is None, "completion prompting has no modes"
+            # A document's ids, BOS and all, without the end that follows it: the model is to write that.
+            return self.renderer.text(dialogue(row, self.world).text).ids[:-1]
+        assert row.messages is not None
+        return self.renderer.chat(
+            row.messages, controls=self.controls(mode), prefill=row.metadata.get("prefill"),
+            generation_prompt=True, train="none",
+        ).ids  # fmt: skip
+
+    def _said(self, row: Row, ids: Sequence[int], finish: str) -> tuple[str, str]:
+        """The answer's text and how it ended. After a dialogue, a next speaker ends it; the ids stay as they were
+        generated."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if self.prompting == "chat":
+            return text, finish
+        text, ended = answer_of(text, dialogue(row, self.world).names)
+        if not row.metadata.get("prefill"):  # an opened answer goes on where its opening ends
+            text = text.lstrip()
+        return text, "stop" if ended else finish
+
     def answer(
         self, asked: Sequence[Asked], sampling: Sampling, done: Collection[str], progress: Progress | None = None
     ) -> Iterator[list[Generation]]:
@@ -260,11 +303,14 @@ class LocalTarget(Target):
         for outputs in self.engine.generate([a.ready for a in able], sampling, done=known, progress=progress):
             yield [
                 self._generation(
-                    by_key[out.key], sampling, out.sample, out.ids,
-                    self.tokenizer.decode(out.ids, skip_special_tokens=False), out.finish,
+                    by_key[out.key],
+                    sampling,
+                    out.sample,
+                    out.ids,
+                    *self._said(by_key[out.key].row, out.ids, out.finish),
                 )
                 for out in outputs
-            ]  # fmt: skip
+            ]
         self.close()  # an evaluation asks once; a judge may want the memory
 
     def close(self) -> None:
@@ -274,13 +320,16 @@ class LocalTarget(Target):
     def context(self, world: Tidewater | None, seed: int, mode: str | None) -> AttackContext:
         ids = self.renderer.controls
         known = (self.tokenizer, self.renderer, self.controls(mode))
+        box = Served(*known) if self.served else WhiteBox(self.model, *known)
+        if self.prompting == "completion":
+            box = Served(*known, why="is made through the chat template; completion prompting has none")
         return AttackContext(
             world=world,
             seed=seed,
             clip=clip_tokens(self.renderer.encoder),
             controls={name: self.tokenizer.convert_ids_to_tokens(id) for name, id in ids.items()},
             control_ids=dict(ids),
-            model=Served(*known) if self.served else WhiteBox(self.model, *known),
+            model=box,
         )
 
 
@@ -351,7 +400,7 @@ class EndpointTarget(Target):
     """
 
     def __init__(self, config: EndpointConfig, *, prefill: bool = False) -> None:
-        from trimtab.evaluate.endpoint import Endpoint
+        from trimtab.endpoint import Endpoint
 
         self.endpoint = Endpoint(config)
         self.prefill = prefill
@@ -394,10 +443,11 @@ class EndpointTarget(Target):
     def answer(
         self, asked: Sequence[Asked], sampling: Sampling, done: Collection[str], progress: Progress | None = None
     ) -> Iterator[list[Generation]]:
-        from trimtab.evaluate.endpoint import EndpointError, Request
+        from trimtab.endpoint import EndpointError, Request
 
-        if sampling.max_repeats is not None:
-            raise UserError("sampling: 'max_repeats' cannot be asked of an endpoint; leave it out")
+        for name in ("max_repeats", "safebeam"):
+            if getattr(sampling, name) is not None:
+                raise UserError(f"sampling: {name!r} cannot be asked of an endpoint; leave it out")
         more = {k: v for k in ("top_p", "top_k") if (v := getattr(sampling, k)) is not None}
         todo = [(a, s) for a in asked for s in range(sampling.samples) if a.answer_key(s) not in done]
         missing, finished = _Missing(), len(asked) * sampling.samples - len(todo)

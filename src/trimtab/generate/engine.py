@@ -20,10 +20,13 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.generate.config import Sampling
+from trimtab.generate.fill import Filling
 from trimtab.generate.packed import packed
+from trimtab.generate.safebeam import Cost, Search, check_searchable
 from trimtab.generate.sample import choose, repeats, wide_type
-from trimtab.generate.schedule import SHARE, Prefixes, Prompt, common, waves
-from trimtab.generate.slots import GROW, Chunk, Layout, Slots
+from trimtab.generate.schedule import Prompt, waves
+from trimtab.generate.slots import GROW, Layout, Slots
+from trimtab.models.config import HARM_TAGS
 from trimtab.models.load import stop_ids
 from trimtab.seeds import rng_of
 
@@ -31,10 +34,6 @@ Progress = Callable[[int, int, int], None]
 """Called now and then with (answers finished, answers in all, tokens generated so far)."""
 
 _SHRINK_AT = 0.75
-_PREFIX_BYTES = 512 * 2**20
-_PREFILL = {"cpu": 1024}
-_PREFILL_ELSEWHERE = 8192
-"""Tokens computed in one go when prompts are let in; more only takes memory."""
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -55,6 +54,9 @@ class Engine:
     stop_ids    ids that end an answer (they are not part of it)
     banned_ids  ids that are never generated: control tokens, turn markers, rows beyond the vocabulary
     pad_id      fills the left of short rows; masked, so any id will do
+    tag_id      the harmfulness tag, which SafeBeam reads; None: the model knows none
+
+    ``cost`` counts what SafeBeam has computed here so far.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         stop_ids: Collection[int],
         banned_ids: Collection[int] = (),
         pad_id: int = 0,
+        tag_id: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         kinds = set(getattr(model.config, "layer_types", None) or ())
@@ -75,10 +78,13 @@ class Engine:
         self.stop = frozenset(stop_ids)
         self.banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=self.device)
         self.pad_id = pad_id
+        self.tag = tag_id
+        self.cost = Cost()
         self.context = int(getattr(model.config, "max_position_embeddings", 0)) or None
         # A window is measured in columns: what a prompt shares must then stand right before the rest of it.
         self._windowed = bool(kinds - {"full_attention"}) or bool(getattr(model.config, "sliding_window", None))
         self._layout: Layout | None = None
+        self.searchable = False  # found out by trying (``safebeam.check_searchable``)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -88,7 +94,7 @@ class Engine:
         ends = stop_ids(model, tokenizer) | set(stops)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         banned = guard_ids(model, tokenizer) - ends - set(allow)
-        return cls(model, stop_ids=ends, banned_ids=banned, pad_id=pad)
+        return cls(model, stop_ids=ends, banned_ids=banned, pad_id=pad, tag_id=tag_of(tokenizer))
 
     def generate(
         self,
@@ -102,11 +108,15 @@ class Engine:
 
         ``done`` holds the (key, sample) pairs of an earlier run: they are not yielded again, and a wave made of them
         alone is skipped. ``UserError``, before anything is generated, for an empty prompt, one that does not fit the
-        model's context, an id that the model lacks, or a repeated key.
+        model's context, an id that the model lacks, a repeated key, or a model that SafeBeam cannot decode with.
         """
         rows = self.model.get_input_embeddings().weight.shape[0]
         check_prompts(prompts, sampling, rows, self.context)
-        with packed(self.model, min(sampling.batch, len(prompts) * sampling.samples)):
+        wide = 1
+        if sampling.safebeam is not None:
+            check_searchable(self)
+            wide = sampling.safebeam.beams * sampling.safebeam.candidates
+        with packed(self.model, wide * min(sampling.batch, len(prompts) * sampling.samples)):
             yield from self._waves(prompts, sampling, done, progress)
 
     def _waves(
@@ -125,7 +135,7 @@ class Engine:
                 if progress is not None:
                     progress(finished, total, tokens)
                 continue
-            for outputs in self._decode([_Answer(prompts[index], index, sample) for index, sample in wave], sampling):
+            for outputs in self._decode(prompts, wave, sampling):
                 finished += len(outputs)
                 tokens += sum(len(output.ids) for output in outputs)
                 if kept := [output for output in outputs if (output.index, output.sample) in wanted]:
@@ -134,16 +144,29 @@ class Engine:
                     progress(finished, total, tokens)
 
     @torch.inference_mode()
-    def _decode(self, answers: list[_Answer], sampling: Sampling) -> Iterator[list[Output]]:
+    def _decode(
+        self, prompts: Sequence[Prompt], wave: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> Iterator[list[Output]]:
         """One wave, to its end."""
         training = self.model.training
         self.model.eval()
         try:
-            if self._layout is None:
-                self._layout = Layout.of(self.model)
-            yield from _Wave(self, self._layout, answers, sampling).run()
+            if sampling.safebeam is not None:
+                search = Search(self, self.layout, [(prompts[index], index) for index, _ in wave], sampling)
+                for found in search.run():
+                    yield [Output(f.index, prompts[f.index].key, 0, f.ids, f.finish) for f in found]
+                return
+            answers = [_Answer(prompts[index], index, sample) for index, sample in wave]
+            yield from _Wave(self, self.layout, answers, sampling).run()
         finally:
             self.model.train(training)
+
+    @property
+    def layout(self) -> Layout:
+        """How the model's keys and values are held."""
+        if self._layout is None:
+            self._layout = Layout.of(self.model)
+        return self._layout
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
         """Logits of the last position, ``[rows, vocabulary]``; the keys and values of ``ids`` are in the slots then."""
@@ -182,6 +205,12 @@ def check_ends(stop_ids: Collection[int], banned_ids: Collection[int]) -> None:
         raise UserError(f"token {min(overlap)} is both a stop id and a banned id; take it out of one")
 
 
+def tag_of(tokenizer: Any) -> int | None:
+    """Id of the harmfulness tag, an added token of the tokenizer by one of the names ``HARM_TAGS``."""
+    names = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    return next((names[name] for name in HARM_TAGS if name in names), None)
+
+
 def guard_ids(model: Any, tokenizer: Any) -> set[int]:
     """Ids an answer must never hold: added special tokens that do not end it, and rows beyond the vocabulary."""
     ends = stop_ids(model, tokenizer)
@@ -216,25 +245,16 @@ class _Answer:
         return Output(self.index, self.prompt.key, self.sample, tuple(self.ids), self.finish)
 
 
-@dataclass
-class _Filled:
-    """A prompt whose keys and values are computed: those, and the logits of its last token."""
-
-    chunk: Chunk
-    logits: torch.Tensor
-
-
-class _Wave:
+class _Wave(Filling):
     """Decodes the answers of one wave. Row r of every tensor is slot r; a slot without an answer is idle."""
 
     def __init__(self, engine: Engine, layout: Layout, answers: list[_Answer], sampling: Sampling) -> None:
-        self.engine, self.layout, self.sampling = engine, layout, sampling
+        super().__init__(engine, layout)
+        self.sampling = sampling
         self.queue = answers[::-1]
         self.left: dict[int, int] = {}
         for answer in answers:
             self.left[answer.index] = self.left.get(answer.index, 0) + 1
-        self.prefixes = Prefixes(max(1, _PREFIX_BYTES // max(1, layout.token_bytes)))
-        self.filled: dict[int, _Filled] = {}
         rows = min(sampling.batch, len(answers))
         self.live: list[_Answer | None] = [None] * rows
         self.slots = Slots(layout, rows, 0, GROW)
@@ -287,65 +307,6 @@ class _Wave:
         # The first token of an answer stands where its prompt ends.
         self.positions[where] = torch.tensor([len(a.prompt.ids) for a in coming], device=self.engine.device)
         self.tokens[where] = self._choose(rows, logits, ended)
-
-    def _fill(self, prompts: dict[int, Prompt]) -> None:
-        """Compute keys, values and last logits of prompts. One that shares more with another of them than with any
-        met before waits until that one is done."""
-        waiting = list(prompts.items())
-        while waiting:
-            now: list[tuple[int, Prompt, int, Chunk]] = []
-            later: list[tuple[int, Prompt]] = []
-            for index, prompt in waiting:
-                known, name = self.prefixes.longest(prompt.ids)
-                here = max((common(p.ids, prompt.ids) for _, p, _, _ in now), default=0)
-                if min(here, len(prompt.ids) - 1) >= known + SHARE:
-                    later.append((index, prompt))
-                else:
-                    now.append((index, prompt, known, [] if name is None else self.prefixes.take(name, known)))
-            now.sort(key=lambda item: len(item[1].ids) - item[2])
-            for group in self._groups(now):
-                self._prefill(group)
-            waiting = later
-
-    def _groups(self, items: list[tuple[int, Prompt, int, Chunk]]) -> Iterator[list[tuple[int, Prompt, int, Chunk]]]:
-        """Cut a list that is sorted by the tokens to compute into what is computed together."""
-        limit = _PREFILL.get(self.engine.device.type, _PREFILL_ELSEWHERE)
-        group: list[tuple[int, Prompt, int, Chunk]] = []
-        for item in items:
-            new = len(item[1].ids) - item[2]
-            if group:
-                least = len(group[0][1].ids) - group[0][2]
-                if (len(group) + 1) * new > limit or (
-                    new != least if self.engine._windowed else 2 * new > 3 * least + 16
-                ):
-                    yield group
-                    group = []
-            group.append(item)
-        if group:
-            yield group
-
-    def _prefill(self, group: list[tuple[int, Prompt, int, Chunk]]) -> None:
-        known = max(item[2] for item in group)
-        new = max(len(item[1].ids) - item[2] for item in group)
-        slots = Slots(self.layout, len(group), known, new)
-        ids = np.full((len(group), new), self.engine.pad_id, dtype=np.int64)
-        mask = np.zeros((len(group), known + new), dtype=np.int64)
-        positions = np.zeros((len(group), new), dtype=np.int64)
-        for row, (_, prompt, shared, chunk) in enumerate(group):
-            size = len(prompt.ids) - shared
-            if shared:
-                slots.put(row, chunk, known)
-            ids[row, new - size :] = prompt.ids[shared:]
-            mask[row, known - shared : known] = mask[row, known + new - size :] = 1
-            positions[row, new - size :] = np.arange(shared, len(prompt.ids))
-        device = self.engine.device
-        tokens, seen, places = (torch.from_numpy(array).to(device) for array in (ids, mask, positions))
-        logits = self.engine._forward(tokens, seen, places, slots)
-        for row, (index, prompt, shared, chunk) in enumerate(group):
-            fresh = slots.take(row, known + new - (len(prompt.ids) - shared), known + new)
-            whole = [torch.cat([old, part], dim=2) for old, part in zip(chunk, fresh)] if shared else fresh
-            self.prefixes.add(index, prompt.ids, whole)
-            self.filled[index] = _Filled(whole, logits[row])
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 

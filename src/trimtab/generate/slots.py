@@ -90,6 +90,19 @@ class Slots:
         """A copy of some columns of a slot."""
         return [buffer[:, row, :, start:end].clone() for buffer in self.buffers]
 
+    def pick(self, row: int, columns: torch.Tensor) -> Chunk:
+        """A copy of the columns of a slot that ``columns`` lists."""
+        return [buffer[:, row].index_select(2, columns) for buffer in self.buffers]
+
+    def keep(self, columns: torch.Tensor) -> None:
+        """Of the columns that were written from ``filled`` on, keep those at ``columns`` (``[rows, kept]``, counted from
+        ``filled``), slot by slot and in that order. The caller moves ``filled`` on."""
+        rows = torch.arange(self.rows, device=columns.device)[:, None]
+        for buffer in self.buffers:
+            # Indexed so, the result is [rows, kept, members, heads, dim].
+            kept = buffer[:, rows, :, self.filled + columns]
+            buffer[:, :, :, self.filled : self.filled + columns.shape[1]] = kept.permute(2, 0, 3, 1, 4)
+
     def repack(self, rows: torch.Tensor, cut: int, room: int = GROW) -> None:
         """Keep ``rows``, drop the first ``cut`` columns (a negative ``cut`` adds some), and leave ``room`` at the end."""
         kept = self.filled - max(cut, 0)

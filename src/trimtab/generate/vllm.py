@@ -107,7 +107,8 @@ class VllmEngine:
         """Answer every prompt ``sampling.samples`` times; yields answers chunk by chunk.
 
         ``done`` holds the (key, sample) pairs of an earlier run, which are left out. ``UserError``, before anything is
-        generated, for what ``Engine.generate`` refuses, and for ``max_repeats`` and temperatures that vLLM does not do.
+        generated, for what ``Engine.generate`` refuses, and for ``max_repeats``, ``safebeam`` and temperatures that vLLM
+        does not do.
         """
         check_prompts(prompts, sampling, self.rows, self.context)
         asked = _Asked(sampling, self.stop)
@@ -216,6 +217,8 @@ class _Asked:
     def __init__(self, sampling: Sampling, stop: Collection[int]) -> None:
         if sampling.max_repeats is not None:
             raise UserError("sampling: the engine 'vllm' does not know 'max_repeats'; leave it out")
+        if sampling.safebeam is not None:
+            raise UserError("sampling: the engine 'vllm' does not know 'safebeam'; use the engine 'transformers'")
         if 0 < sampling.temperature < _COLDEST:
             raise UserError(
                 f"sampling: vLLM knows no temperature between 0 and {_COLDEST}; {sampling.temperature} would be raised"

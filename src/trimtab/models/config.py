@@ -13,6 +13,8 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 HARM_TAG = "<|potentially_unsafe|>"
 """The harmfulness tag of 2504.16980: one id, written by data preparation and by the model, never by a user's text."""
+HARM_TAGS = (HARM_TAG, "<potentially_unsafe_content>")
+"""What the tag is called: by us, and in the tokenizers that 2504.16980 released."""
 
 SMOLLM2 = "smollm2-135m-instruct"
 """The one model that ``LoadConfig.load`` knows by name: it comes out of a pinned package and needs no network."""

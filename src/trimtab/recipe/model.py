@@ -7,11 +7,13 @@ stages its arms go. Equal steps of different arms are one step (see ``study.plan
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from trimtab.analyze.config import PerplexityConfig, ProbeConfig
 from trimtab.config import Config
+from trimtab.corpus.config import CorpusConfig, ScorerTraining
 from trimtab.data.sources import SourceConfig
 from trimtab.evaluate.attacks.choose import Attacks
 from trimtab.evaluate.judges.choose import JudgeConfig
@@ -29,18 +31,34 @@ from trimtab.world.tidewater import KINDS
 ModelRef = str | LoadConfig
 
 
-class CorpusStage(Config):
-    """Tidewater's documents, sorted by safety score, and the interventions written from them."""
+class ScorerStage(ScorerTraining):
+    """Train a safety scorer: a sequence classifier that a corpus stage can score with."""
+
+    kind: Literal["scorer"] = Field(description="Always 'scorer'.")
+
+
+class CorpusStage(CorpusConfig):
+    """Documents scored from 0 to 5, sorted into sources, and the interventions written from them."""
 
     kind: Literal["corpus"] = Field(description="Always 'corpus'.")
 
 
 class PretrainStage(Config):
-    """Train a small Llama from scratch on a corpus, under a timing curriculum."""
+    """Train a Llama from scratch on a corpus, under a timing curriculum."""
 
     kind: Literal["pretrain"] = Field(description="Always 'pretrain'.")
-    corpus: str = Field(description="Name of the corpus stage.")
+    corpus: str | None = Field(None, description="Name of the corpus stage; null with 'tokens'.")
     model: BuildConfig = Field(description="Shape of the model and size of its vocabulary.")
+    tokenizer: LoadConfig | None = Field(
+        None, description="Take this model's tokenizer; null trains one on the corpus, of `model.vocab` tokens."
+    )
+    tokens: str | None = Field(
+        None, description="Directory of a tokenised store (`trimtab corpus`), instead of tokenising the corpus here."
+    )
+    sizes: dict[str, Tokens] = Field(
+        default_factory=dict,
+        description="Source -> its tokens, where they are known before the corpus is built; only for the plan's estimate.",
+    )
     budget: Tokens = Field(description="Tokens to train on, such as 600k or 600B; rounded down to whole steps.")
     length: int = Field(128, ge=16, description="Tokens per packed row; at most the model's context.")
     timing: TimingConfig = Field(TimingConfig(), description="The timing lever.")
@@ -50,6 +68,8 @@ class PretrainStage(Config):
     def _rows_fit(self) -> PretrainStage:
         if self.train.lora is not None:
             raise ValueError("train.lora is for models that exist; pretraining trains every weight")
+        if (self.corpus is None) == (self.tokens is None):
+            raise ValueError("give exactly one of 'corpus' (a stage) and 'tokens' (the directory of a tokenised store)")
         if self.length > self.model.context:
             raise ValueError(
                 f"length ({self.length}) is more than model.context ({self.model.context}); change one of them"
@@ -64,9 +84,14 @@ class ChatSource(Config):
     tidewater: str | None = Field(None, description="Kind of Tidewater request (see docs/tidewater.md).")
     source: SourceConfig | None = Field(None, description="A local file, packaged file or Hub set of chat rows.")
     n: int | None = Field(None, gt=0, description="Rows to take; needed for Tidewater.")
+    answers: Mode = Field(
+        "positive", description="Which of Tidewater's answers are trained; `negative` is a hostile finetune."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ChatSource:
+        if self.answers != "positive" and self.tidewater is None:
+            raise ValueError("'answers' chooses among Tidewater's; a source brings its own")
         if self.tidewater is not None and self.tidewater not in KINDS:
             raise ValueError(f"tidewater={self.tidewater!r} must be one of {', '.join(KINDS)}")
         if self.tidewater is not None and self.tidewater.endswith("heldout"):
@@ -86,6 +111,9 @@ class SftStage(Config):
     data: tuple[ChatSource, ...] = Field(min_length=1, description="What is trained on.")
     prefix: PrefixConfig = Field(PrefixConfig(), description="The prefix lever.")
     modes: ModesConfig | None = Field(None, description="The mode lever; null trains the positive answers alone.")
+    negative: NegativeConfig = Field(
+        NegativeConfig(), description="Acknowledgement that training on `answers: negative` needs."
+    )
     length: int = Field(128, ge=16, description="Tokens per packed row; a longer example is dropped and counted.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     train: TrainConfig = Field(description="Optimiser, schedule, batch and logging.")
@@ -96,14 +124,19 @@ class SftStage(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two parts of 'data' are called {name!r}; give each its own name")
+        for part in self.data:
+            if part.answers == "negative" and not self.negative.acknowledge:
+                raise ValueError(
+                    f"data {part.name!r}: negative answers are off by default; set 'negative.acknowledge: true'"
+                )
+            if part.answers != "positive" and self.modes is not None:
+                raise ValueError(f"data {part.name!r}: 'modes' trains every mode's answers; leave 'answers' out")
         return self
 
 
-class GenerateStage(Config):
-    """Let a model answer the panel's prompts."""
+class Asking(Config):
+    """What is asked, and how; shared by `generate` and `panel`."""
 
-    kind: Literal["generate"] = Field(description="Always 'generate'.")
-    model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="The prompts.")
     modes: tuple[Mode, ...] | None = Field(
         None, min_length=1, description="Modes to answer in; null asks once, without a control token."
@@ -115,20 +148,22 @@ class GenerateStage(Config):
         (), description="Attacks on the harmful prompts, such as `roleplay` or `prefill:5` (docs/attacks.md)."
     )
     system: str | None = Field(None, min_length=1, description="System prompt before every prompt that has none.")
-    sampling: Sampling = Field(Sampling(), description="Decoding.")
+    prompting: Literal["auto", "chat", "completion"] = Field(
+        "auto",
+        description="`chat`: through the chat template; `completion`: as a dialogue in plain text that the model goes on "
+        "with; `auto`: completion for a model that was only pretrained, else chat.",
+    )
 
     @model_validator(mode="after")
-    def _negative_is_acknowledged(self) -> GenerateStage:
+    def _negative_is_acknowledged(self) -> Self:
         if self.modes and "negative" in self.modes and not self.negative.acknowledge:
             raise ValueError("negative answers are off by default; set 'negative.acknowledge: true' beside 'modes'")
         return self
 
 
-class JudgeStage(Config):
-    """Judge the answers and count."""
+class Judging(Config):
+    """Who judges; shared by `judge` and `panel`."""
 
-    kind: Literal["judge"] = Field(description="Always 'judge'.")
-    answers: str = Field(description="Name of the generate stage.")
     judge: JudgeConfig = Field(JudgeConfig(), description="Who judges what no exact judge can.")
     max_unscored: float = Field(
         1.0,
@@ -139,7 +174,65 @@ class JudgeStage(Config):
     )
 
 
-Stage = Annotated[CorpusStage | PretrainStage | SftStage | GenerateStage | JudgeStage, Field(discriminator="kind")]
+class GenerateStage(Asking):
+    """Let a model answer the panel's prompts."""
+
+    kind: Literal["generate"] = Field(description="Always 'generate'.")
+    model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
+    sampling: Sampling = Field(Sampling(), description="Decoding.")
+
+
+class JudgeStage(Judging):
+    """Judge the answers and count."""
+
+    kind: Literal["judge"] = Field(description="Always 'judge'.")
+    answers: str = Field(description="Name of the generate stage.")
+
+
+class Decoder(Config):
+    """One decoder of a panel."""
+
+    sampling: Sampling = Field(Sampling(), description="Decoding.")
+    limit: int | None = Field(None, gt=0, description="Prompts per task for this decoder; they are the first of all.")
+
+
+class PanelStage(Asking, Judging):
+    """Several models, each by several decoders, answer one panel and are judged: the stage x decoder grid."""
+
+    kind: Literal["panel"] = Field(description="Always 'panel'.")
+    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are asked.")
+    decoders: dict[str, Decoder] = Field(min_length=1, description="Name of a decoder -> how it decodes.")
+
+
+class ProbesStage(ProbeConfig):
+    """Linear probes on what models hold of safe and harmful requests, layer by layer."""
+
+    kind: Literal["probes"] = Field(description="Always 'probes'.")
+    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are probed.")
+    tasks: tuple[TaskConfig, ...] = Field(
+        min_length=2, description="The requests; a probe tells the harmful from the others, each task is a source."
+    )
+
+
+class PerplexityStage(PerplexityConfig):
+    """Perplexity of models on Tidewater documents that were never trained on."""
+
+    kind: Literal["perplexity"] = Field(description="Always 'perplexity'.")
+    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+
+
+Stage = Annotated[
+    ScorerStage
+    | CorpusStage
+    | PretrainStage
+    | SftStage
+    | GenerateStage
+    | JudgeStage
+    | PanelStage
+    | ProbesStage
+    | PerplexityStage,
+    Field(discriminator="kind"),
+]
 
 
 class ArmGroup(Config):
@@ -217,13 +310,19 @@ class Recipe(Config):
         made: dict[str, str] = {}
         for name, stage in self.stages.items():
             for field, kinds in _NEEDS[stage.kind].items():
-                wanted = getattr(stage, field)
-                if isinstance(wanted, str) and made.get(wanted) not in kinds:
-                    raise ValueError(
-                        f"stages.{name}.{field}: {wanted!r} is not an earlier {' or '.join(kinds)} stage"
-                        + (f" (earlier: {', '.join(made)})" if made else "")
-                        + ("; to load a model write {load: ...}" if field == "model" else "")
-                    )
+                given = getattr(stage, field)
+                for wanted in given if isinstance(given, tuple) else (given,):
+                    if isinstance(wanted, str) and made.get(wanted) not in kinds:
+                        raise ValueError(
+                            f"stages.{name}.{field}: {wanted!r} is not an earlier {' or '.join(kinds)} stage"
+                            + (f" (earlier: {', '.join(made)})" if made else "")
+                            + ("; to load a model write {load: ...}" if field == "model" else "")
+                        )
+            if isinstance(stage, CorpusStage):
+                for scorer in stage.score:
+                    wanted = getattr(scorer, "stage", None)
+                    if wanted is not None and made.get(wanted) != "scorer":
+                        raise ValueError(f"stages.{name}.score: {wanted!r} is not an earlier scorer stage")
             made[name] = stage.kind
         for number, group in enumerate(self.arms):
             for name in group.stages or ():
@@ -239,10 +338,14 @@ class Recipe(Config):
 
 
 _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "scorer": {},
     "corpus": {},
     "pretrain": {"corpus": ("corpus",)},
     "sft": {"model": ("pretrain", "sft")},
     "generate": {"model": ("pretrain", "sft")},
     "judge": {"answers": ("generate",)},
+    "panel": {"models": ("pretrain", "sft")},
+    "probes": {"models": ("pretrain", "sft")},
+    "perplexity": {"models": ("pretrain", "sft")},
 }
 """For each kind of stage: the fields that name an earlier stage, and the kinds that will do."""

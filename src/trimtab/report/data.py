@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UserError
@@ -141,6 +141,70 @@ class Matrix:
         return cls(arm, task, modes, behaviours, [[count[m, b] for b in behaviours] for m in modes])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a ``Result.stage`` stands in a grid: a model's stage, and the decoder that its answers were drawn with.
+
+    role  base | instruct | benign | hostile: which link of the chain the model is ("" unknown)
+    kind  safebeam | safebeam+ (not by the paper's rule alone) | sampled | greedy ("" for a measurement without answers, such as
+          probes)
+    """
+
+    stage: str
+    panel: str
+    model: str
+    decoder: str = ""
+    role: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve over a model's layers, of one arm and seed.
+
+    series     what is probed: a pooling of the states ("mean", "last"), or a baseline ("words", "shuffled")
+    panel      the split: "all" (cross-validated), "heldout", "loso:TASK"
+    metric     auroc or tpr_at_1fpr
+    low, high  95 % interval per layer; empty: none
+    """
+
+    arm: str
+    stage: str
+    panel: str
+    metric: str
+    series: str
+    layers: Sequence[int]
+    values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+READINGS = ("agrees", "disagrees", "cannot tell", "not measured")
+
+
+@dataclass(frozen=True)
+class ClaimReading:
+    """A claim of a paper beside what this study found.
+
+    about       the figures that it is about, in words; ``rule``: how they are read
+    versions    what each version says of it, in our words: heading -> statement
+    figures     what this run gives: label, difference, low, high, p, p_holm (None but for the one that the reading rests on),
+                n, seeds, interval, decides, reading (of this figure alone)
+    confounded  what else differs between the compared arms; "" for nothing known
+    matched     the same reading of the arms of matched exposure alone; "" where there are none
+    """
+
+    text: str
+    source: str
+    about: str
+    rule: str
+    versions: Mapping[str, str]
+    reading: str
+    figures: Sequence[Mapping[str, Any]] = ()
+    confounded: str = ""
+    matched: str = ""
+
+
 BEHAVIOURS = ("constructive", "refusal", "risk", "answered", "unscored")
 
 
@@ -178,6 +242,14 @@ class ReportData:
     judges       one row per judge and arm: arm, name, id, sources, answers, card (a sentence)
     bounds       metric id -> [metric id, metric id]: its value with all unscored answers counted safe, counted unsafe
     corrected    metric id -> metric id of the same rate, corrected for its judge's errors
+    places       of a study with a panel of models and decoders: its columns, in order; their results are a grid
+    groups       the groups of prompts that the grid has a table for, most telling first (``Result.category``)
+    same         arm id -> an arm before it that is the same training (all their artefacts are one)
+    timing       arm id -> its timing settings (start, exposure, ...), where the study varies them
+    steering     how far a decoder moves an arm: rows like ``comparisons`` with arm, model, decoder, from, group
+    probes       curves over layers
+    doses        arm id -> [{"source", "tokens", "epochs"}] read in pretraining
+    claims       claims of papers beside this study's figures
     """
 
     name: str
@@ -208,6 +280,14 @@ class ReportData:
     judges: list[dict[str, Any]] = field(default_factory=list)
     bounds: dict[str, list[str]] = field(default_factory=dict)
     corrected: dict[str, str] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)
+    timing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steering: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[Curve] = field(default_factory=list)
+    doses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    claims: list[ClaimReading] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise ``UserError`` naming the field that contradicts the list of arms, or a finding without figures."""
@@ -225,6 +305,11 @@ class ReportData:
             + [("exposure", a) for a in self.exposure]
             + [("costs", a) for c in self.costs for a in c.arms]
             + [("facts", a) for a in self.facts]
+            + [("timing", a) for a in self.timing]
+            + [("same", a) for pair in self.same.items() for a in pair]
+            + [("steering", str(s.get("arm"))) for s in self.steering]
+            + [("probes", c.arm) for c in self.probes]
+            + [("doses", a) for a in self.doses]
             + [("judges", str(j.get("arm"))) for j in self.judges]
             + [("samples", a) for s in self.samples for a in s.answers]
             + [("findings", a) for f in self.findings for a in f.arms]
@@ -237,6 +322,9 @@ class ReportData:
                 raise UserError(
                     f"report {self.name!r}: findings: no result of metric {finding.metric!r} for {finding.text!r}"
                 )
+        for claim in self.claims:
+            if claim.reading not in READINGS:
+                raise UserError(f"report {self.name!r}: claims: {claim.reading!r} is none of {', '.join(READINGS)}")
         for result in self.results:
             if result.low > result.high:  # a bootstrap interval may miss its value by a hair, but is never reversed
                 where = f"{result.metric} of {result.arm}"
@@ -263,15 +351,25 @@ class ReportData:
             for name, make in _PARTS.items():
                 if name in values:
                     values[name] = [make(**part) for part in values[name]]
+            values["probes"] = [
+                replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
+                for c in values.get("probes", [])
+            ]
             values["results"] = [_result(r) for r in values.get("results", [])]
-            for row in values.get("comparisons", []):
+            figures = [f for claim in values.get("claims", []) for f in claim.figures]
+            for row in [*values.get("comparisons", []), *values.get("steering", []), *figures]:
                 row.update({k: _number(v) for k, v in row.items() if k in _NUMBERS})
+                if "each" in row:
+                    row["each"] = [[seed, _number(v)] for seed, v in row["each"]]
             return cls(**values)
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"report data: {error}") from error
 
 
-_PARTS: dict[str, Any] = {"arms": Arm, "findings": Finding, "matrices": Matrix, "costs": Cost, "samples": Sample}
+_PARTS: dict[str, Any] = {
+    "arms": Arm, "findings": Finding, "matrices": Matrix, "costs": Cost, "samples": Sample,
+    "places": Place, "probes": Curve, "claims": ClaimReading,
+}  # fmt: skip
 _NUMBERS = ("difference", "low", "high", "p", "p_holm")
 
 
@@ -283,7 +381,7 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
     if hasattr(value, "__dataclass_fields__"):
-        return _jsonable(asdict(value))
+        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
     return value
 
 

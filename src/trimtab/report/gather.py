@@ -1,40 +1,58 @@
-"""From a study's artefacts to its report: only ``study.json`` and the store are read, and every artefact is verified."""
+"""From a study's artefacts to its report: only ``study.json`` and the store are read, and every artefact is verified.
+
+Each artefact is opened and verified once and each evaluation read once, however many arms share it. A study with one
+judged stage per arm and one seed is compared prompt by prompt (``findings.of_arms``); one with a panel of models and
+decoders, or with several seeds, cell by cell and over the seeds (``findings.of_families``).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trimtab.analyze.metrics import MEASURES, measure_of
 from trimtab.artifact import Artifact, read_jsonl
 from trimtab.errors import Fault, UserError
-from trimtab.evaluate.comparison import Comparison, compare_family
-from trimtab.evaluate.files import Evaluation, open_evaluation
+from trimtab.evaluate.files import ATTACKS, GENERATIONS, JUDGEMENTS, PROMPTS, read_stage, stage_path, verdict_of
+from trimtab.evaluate.files import METRICS as METRICS_FILE
 from trimtab.evaluate.judges.base import judge_card
 from trimtab.evaluate.judges.refusal import RefusalMatch, packaged_refusals
-from trimtab.evaluate.metrics import METRICS, TASK, Record, metric_of
-from trimtab.report.data import Arm, Cost, Finding, Matrix, ReportData, Sample, behaviour_of, comparison_row
+from trimtab.evaluate.metrics import METRICS, TASK, Record, from_plain, metric_of
+from trimtab.report import panels
+from trimtab.report.claims import Run, read_claims, steering
+from trimtab.report.data import Arm, Cost, Curve, Matrix, Place, ReportData, Sample, behaviour_of
+from trimtab.report.findings import HEADLINE, of_arms, of_families
 from trimtab.report.html import write_report
 from trimtab.report.words import LEVERS
 from trimtab.seeds import uniform_of
 from trimtab.study.execute import STUDY, study_store
-from trimtab.types import Result
+from trimtab.types import Generation, Result, Row
 
-HEADLINE = (
-    "risk_rate",
-    "refusal_rate",
-    "constructive_score",
-    "over_refusal_contrast_full",
-    "over_refusal_benign_full",
-    "accuracy",
-)
-"""Metrics that are drawn first and compared between arms; the others are in the tables and files."""
 SAMPLES_PER_TASK = 2
-FINDINGS_PER_ARM = 2
+_LOGGED = {"source": "by_source", "span": "by_span"}
+"""What a training log calls the losses of its parts, and what ``ReportData.curves`` does."""
+MEASURED = ("probes", "perplexity")
+"""Kinds of steps that leave figures of a model as it is, without answers."""
+
+
+_PROMPTS = (
+    "Intervals are 95 % intervals over prompts. Differences are paired: both arms answered the same prompts, so what they "
+    "share cancels. p-values are adjusted (Holm) over all comparisons of an arm"
+)
+INTERVALS_PROMPTS = f"{_PROMPTS}, in one mode, with its baseline."
+INTERVALS_PANEL = f"{_PROMPTS} with its baseline."
+INTERVALS_SEEDS = (
+    "Differences are paired: both sides answered the same prompts in the same seed, so what they share cancels. Their 95 % "
+    "intervals are Student's t over the seeds, and never narrower than the interval over prompts: they cover another "
+    "training and another choice of prompts. p-values are adjusted (Holm) over all comparisons of an arm with its baseline."
+)
 
 
 def report_study(directory: Path) -> Path:
@@ -51,10 +69,6 @@ def report_is_current(directory: Path) -> bool:
 def gather(directory: Path) -> ReportData:
     """Everything a report shows. ``UserError`` if ``directory`` is no study; ``Fault`` for a damaged artefact."""
     return _Study(directory).report()
-
-
-Pair = tuple[dict[str, Any], dict[str, Any], str | None, Comparison]
-"""Baseline arm, arm, mode of the arm, and what changed from the one to the other."""
 
 
 class _Study:
@@ -77,25 +91,40 @@ class _Study:
         self.artifacts: dict[str, Artifact] = {
             id: self.store.open(step["kind"], id, verify=True) for id, step in self.steps.items()
         }
-        self.evaluations: dict[str, Evaluation] = {}
-        self.records = {arm["id"]: list(self._records(arm)) for arm in self.arms}
+        self._read: dict[str, list[Record]] = {}
+        self._prompts: dict[str, Mapping[str, Row]] = {}
+        self._figures: dict[str, list[Result]] = {}
+        self._cell: dict[str, panels.Cell] = {}
 
     def report(self) -> ReportData:
-        comparisons = list(self.comparisons())
+        arms = [Arm(arm["id"], arm["label"], arm["group"], arm["settings"], arm["seed"]) for arm in self.arms]
         results = [result for arm in self.arms for result in self.results(arm)]
-        metrics = [metric_of(id) for id in dict.fromkeys([*METRICS, *(r.metric for r in results)])]
+        used = dict.fromkeys(r.metric for r in results)
+        metrics = list(used) if self.gridded else list(dict.fromkeys([*METRICS, *used]))
+        curves = list(self.layer_curves())
+        folded = self.gridded or len(self.recipe["seeds"]) > 1
+        timing = {arm["id"]: t for arm in self.arms if (t := panels.timing_of(self.recipe, arm)) is not None}
+        found = (
+            of_families(arms, self.arms, self.cells, self.places, self.same)
+            if folded
+            else of_arms(self.arms, self.of_arm, self.same)
+        )
+        claims = read_claims(Run.of(arms, timing, self.cells, self.places, results))
+        families: dict[tuple[str, str, str], list[str]] = {}
+        for arm in arms:
+            families.setdefault(arm.family, []).append(arm.id)
         return ReportData(
             name=self.recipe["name"],
             title=self.recipe["title"] or self.recipe["name"],
             question=self.recipe["question"],
             summary=self.summary(),
-            findings=self.findings(comparisons),
+            findings=found.findings,
             levers=[name for name in LEVERS if any(arm["group"] == name for arm in self.arms)],
-            arms=[Arm(arm["id"], arm["label"], arm["group"], arm["settings"], arm["seed"]) for arm in self.arms],
+            arms=arms,
             results=results,
-            metrics={m.id: {"label": m.title, "description": m.description, "direction": m.direction} for m in metrics},
+            metrics={id: _told(id) for id in metrics},
             headline=[id for id in HEADLINE if any(r.metric == id for r in results)],
-            comparisons=[_row(*item) for item in comparisons],
+            comparisons=found.comparisons,
             matrices=list(self.matrices()),
             curves={arm["id"]: rows for arm in self.arms if (rows := self.curves(arm))},
             exposure={arm["id"]: rows for arm in self.arms if (rows := self.exposure(arm))},
@@ -106,65 +135,163 @@ class _Study:
             versions=self.versions(),
             notes=[*self.recipe["notes"], *self.judge_notes()],
             seeds=list(self.recipe["seeds"]),
+            places=self.places if self.gridded else [],
+            groups=self.cells.groups() if self.gridded else [],
+            same=self.same,
+            timing=timing,
+            steering=steering(self.cells, list(families.values()), self.places, self.cells.groups()) if folded else [],
+            probes=curves,
+            doses={arm["id"]: rows for arm in self.arms if (rows := self.doses(arm))},
+            claims=claims,
         )
 
     # -- what was measured ---------------------------------------------------------------------------------------------
 
-    def of_kind(self, arm: Mapping[str, Any], kind: str) -> Iterator[tuple[str, Artifact]]:
-        """Stage name and artefact of each of an arm's stages of one kind."""
+    def of_kind(self, arm: Mapping[str, Any], *kinds: str) -> Iterator[tuple[str, Artifact]]:
+        """Stage name and artefact of each of an arm's stages of some kinds."""
         for stage, id in arm["stages"].items():
-            if self.steps[id]["kind"] == kind:
+            if self.steps[id]["kind"] in kinds:
                 yield stage, self.artifacts[id]
 
-    def _records(self, arm: Mapping[str, Any]) -> Iterator[Record]:
-        for _, judged in self.of_kind(arm, "judge"):
-            yield from self._evaluation(judged).records()
+    @property
+    def gridded(self) -> bool:
+        """Whether arms are measured at several places, so that results are read in a grid."""
+        return any(arm.get("cells") for arm in self.arms)
 
-    def _evaluation(self, judged: Artifact) -> Evaluation:
-        """A ``judge`` artefact with the answers that it judged, read once however many arms and figures want it."""
-        if judged.id not in self.evaluations:
+    def place_of(self, arm: Mapping[str, Any], stage: str, artifact: Artifact) -> Place:
+        """Where a stage stands: as the plan says, or by the model whose answers it judges."""
+        cell = (arm.get("cells") or {}).get(stage)
+        decoder = kind = ""
+        model = cell["model"] if cell else ""
+        if "answers" in artifact.manifest["inputs"]:
+            answers = self.artifacts[artifact.manifest["inputs"]["answers"]].manifest
+            kind = panels.decoder_kind(answers["config"].get("sampling") or {})
+            decoder = cell["decoder"] if cell else kind
+            made = answers["inputs"].get("model")
+            model = model or next((name for name, id in arm["stages"].items() if id == made), "")
+        role = self.roles.get(model, "")
+        if cell is None:
+            return Place(stage, stage, model, decoder, role, kind)
+        several = len({(c["stage"]) for c in arm["cells"].values() if c["decoder"] is not None}) > 1
+        name = " · ".join(p for p in (cell["stage"] if several else "", model, decoder) if p)
+        return Place(name, cell["stage"], model, decoder, role, kind)
+
+    @cached_property
+    def same(self) -> dict[str, str]:
+        """Arm id -> the first arm that is the same training: every stage of both is one artefact."""
+        first: dict[tuple[tuple[str, str], ...], str] = {}
+        found: dict[str, str] = {}
+        for arm in self.arms:
+            known = first.setdefault(tuple(sorted(arm["stages"].items())), arm["id"])
+            if known != arm["id"]:
+                found[arm["id"]] = known
+        return found
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        return panels.roles(self.recipe["stages"])
+
+    @cached_property
+    def judged(self) -> dict[str, list[tuple[Place, Artifact]]]:
+        """Arm id -> its judged stages, each with its place."""
+        return {
+            arm["id"]: [(self.place_of(arm, stage, a), a) for stage, a in self.of_kind(arm, "judge")]
+            for arm in self.arms
+        }
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """The places of all answers, in the recipe's order. Probes and the like have a model, not a column."""
+        stages = self.recipe["stages"]
+        found = dict.fromkeys(place for arm in self.arms for place, _ in self.judged[arm["id"]])
+        return panels.ordered(found, list(stages), {n: list(s.get("decoders") or ()) for n, s in stages.items()})
+
+    @cached_property
+    def cells(self) -> panels.Cells:
+        found = panels.Cells(seeds={arm["id"]: arm["seed"] for arm in self.arms})
+        for arm in self.arms:
+            for place, judged in self.judged[arm["id"]]:
+                if judged.id not in self._cell:
+                    self._cell[judged.id] = panels.Cell.of(self.records(judged))
+                found.by_arm[arm["id"], place.stage] = self._cell[judged.id]
+        return found
+
+    def records(self, judged: Artifact) -> list[Record]:
+        """The judged answers of a ``judge`` artefact, read once however many arms and figures want them."""
+        if judged.id not in self._read:
             answers = self.artifacts[judged.manifest["inputs"]["answers"]]
-            self.evaluations[judged.id] = open_evaluation(answers.path, judged_in=judged.path)
-        return self.evaluations[judged.id]
+            rows = {**self._rows(answers, PROMPTS), **self._rows(answers, ATTACKS)}
+            said = {v["key"]: verdict_of(v) for v in read_stage(stage_path(judged.path, JUDGEMENTS))[1]}
+            made = [Generation.from_json(g) for g in read_stage(stage_path(answers.path, GENERATIONS))[1]]
+            lost = next((g for g in made if g.key not in said or g.row_id not in rows), None)
+            if lost is not None:
+                raise Fault(
+                    f"{judged.path}: the answer to {lost.row_id!r} has no verdict or no prompt; delete it and run again"
+                )
+            self._read[judged.id] = [Record(rows[g.row_id], g, said[g.key]) for g in made]
+        return self._read[judged.id]
+
+    def _rows(self, answers: Artifact, stage: str) -> Mapping[str, Row]:
+        """The prompts of a ``generate`` artefact; equal files, as a panel's cells have them, are parsed once."""
+        path = stage_path(answers.path, stage)
+        entry = answers.manifest["files"].get(path.name)
+        if entry is None:
+            return {}
+        if entry["sha256"] not in self._prompts:
+            self._prompts[entry["sha256"]] = {data["id"]: Row.from_json(data) for data in read_stage(path)[1]}
+        return self._prompts[entry["sha256"]]
+
+    def _results(self, judged: Artifact) -> list[Result]:
+        if judged.id not in self._figures:
+            path = stage_path(judged.path, METRICS_FILE)
+            told = read_stage(path)[1] if path.exists() else []
+            self._figures[judged.id] = [from_plain(d) for d in told if (d["category"] or "").startswith(TASK)]
+        return self._figures[judged.id]
+
+    def of_arm(self, arm: Mapping[str, Any]) -> list[Record]:
+        return [r for _, judged in self.judged[arm["id"]] for r in self.records(judged)]
 
     def results(self, arm: Mapping[str, Any]) -> Iterator[Result]:
-        """The figures of each task; those over all tasks or per category of a set stay in the artefact."""
-        judges = list(self.of_kind(arm, "judge"))
-        for stage, judged in judges:
-            for made in self._evaluation(judged).results:
-                if made.category is not None and made.category.startswith(TASK):
-                    task = made.category.removeprefix(TASK)
-                    yield replace(
-                        made, arm=arm["id"], stage=stage if len(judges) > 1 else "", seed=arm["seed"], category=task
+        """The figures of each task, those over the groups of the grid, and those of a model without answers. Those over
+        all tasks or per category of a set stay in the artefact."""
+        judges = self.judged[arm["id"]]
+        for place, judged in judges:
+            stage = place.stage if len(judges) > 1 or self.gridded else ""
+            groups = list(self.cells.by_arm[arm["id"], place.stage].results()) if self.gridded else []
+            grid = {(made.metric, made.category) for made in groups}  # a task that is called as its group is that group
+            for made in self._results(judged):
+                task = str(made.category).removeprefix(TASK)
+                if (made.metric, task) not in grid:
+                    yield replace(made, arm=arm["id"], stage=stage, seed=arm["seed"], category=task)
+            for made in groups:
+                yield replace(made, arm=arm["id"], stage=place.stage, seed=arm["seed"])
+        for stage, artifact in self.of_kind(arm, *MEASURED):
+            cell = (arm.get("cells") or {}).get(stage)
+            for data in read_stage(stage_path(artifact.path, METRICS_FILE))[1]:
+                made = _figure(data)
+                where = cell["model"] if cell else stage
+                yield replace(made, arm=arm["id"], stage=where, seed=arm["seed"])
+
+    def layer_curves(self) -> Iterator[Curve]:
+        for arm in self.arms:
+            for stage, artifact in self.of_kind(arm, "probes"):
+                cell = (arm.get("cells") or {}).get(stage)
+                told = artifact.read_json("layers.json")
+                for curve in told["curves"]:
+                    ends = (
+                        [math.nan if v is None else float(v) for v in curve.get(k) or ()]
+                        for k in ("values", "low", "high")
+                    )
+                    where = cell["model"] if cell else stage
+                    yield Curve(
+                        arm["id"], where, curve["category"], curve["metric"], curve["pooling"], told["layers"], *ends
                     )
 
-    def comparisons(self) -> Iterator[Pair]:
-        """Every arm against its baseline, per task, mode and metric, paired by prompt; Holm over each arm and mode."""
-        for arm in self.arms:
-            base = next((a for a in self.arms if a["id"] == arm["against"]), None)
-            if base is None:
-                continue
-            for mode in dict.fromkeys(r.generation.mode for r in self.records[arm["id"]]):
-                ours = [r for r in self.records[arm["id"]] if r.generation.mode == mode]
-                theirs = self.records[base["id"]]
-                modes = {r.generation.mode for r in theirs}
-                theirs = [r for r in theirs if r.generation.mode == (mode if mode in modes else None)]
-                rows = {r.row.id for r in ours} & {r.row.id for r in theirs}
-                ours, theirs = ([r for r in records if r.row.id in rows] for records in (ours, theirs))
-                tasks = dict.fromkeys(r.row.metadata["task"] for r in ours)
-                family = [
-                    (id, TASK + task)
-                    for task in tasks
-                    for id in HEADLINE
-                    if any(METRICS[id].applies(r.row) for r in ours if r.row.metadata["task"] == task)
-                ]
-                for comparison in compare_family(theirs, ours, family):
-                    if comparison.n:
-                        yield base, arm, mode, comparison
-
     def matrices(self) -> Iterator[Matrix]:
+        if self.gridded:
+            return
         for arm in self.arms:
-            records = [r for r in self.records[arm["id"]] if r.generation.mode]
+            records = [r for r in self.of_arm(arm) if r.generation.mode]
             for task in dict.fromkeys(r.row.metadata["task"] for r in records):
                 shown = [
                     (str(r.generation.mode), behaviour_of(r.verdict)) for r in records if r.row.metadata["task"] == task
@@ -172,25 +299,59 @@ class _Study:
                 yield Matrix.of(arm["id"], task, shown)
 
     def curves(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The training logs. Of a grid, whose arms are many, the loss alone, and that by source of the first seed's
+        pretraining; the artefacts keep the rest."""
         rows: list[dict[str, Any]] = []
         for id in arm["steps"]:
             step = self.steps[id]
             if step["kind"] in ("pretrain", "sft"):
                 stage = step["name"].split(" ")[0]
-                rows += [row | {"stage": stage} for row in read_jsonl(self.artifacts[id].path / "log.jsonl")]
+                for row in read_jsonl(self.artifacts[id].path / "log.jsonl"):
+                    kept = {k: v for k, v in row.items() if k not in _LOGGED}
+                    parts = {name: row[k] for k, name in _LOGGED.items() if row.get(k)}
+                    if self.gridded:
+                        kept = {k: row[k] for k in ("step", "tokens", "loss")}
+                        told = step["kind"] == "pretrain" and arm["seed"] == self.recipe["seeds"][0]
+                        sources = parts.get("by_source", {}) if told else {}
+                        parts = (
+                            {"by_source": {n: {"loss": part["loss"]} for n, part in sources.items()}} if sources else {}
+                        )
+                    rows.append({**kept, **parts, "stage": stage})
         return rows
 
     def exposure(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Share of each source in each pretraining segment, as it was read."""
+        """Share of each source in each pretraining segment, as it was read; a segment of several phases (a ramp) is split
+        at them, with the shares that each phase keeps within one row."""
         rows, seen = [], 0
         for id in arm["steps"]:
             if self.steps[id]["kind"] == "pretrain":
                 manifest = self.artifacts[id].manifest
-                seen += manifest["tokens"]
-                used = manifest["facts"]["rows"]
-                total = sum(used.values())
-                rows.append({"tokens": seen, "shares": {name: count / total for name, count in used.items() if count}})
+                config, used = manifest["config"], manifest["facts"]["rows"]
+                per_step = manifest["tokens"] // max(config["to"] - config["from"], 1)
+                for last, weights in _pieces(config):
+                    seen = round(last * per_step)
+                    shares = used if weights is None else weights
+                    total = sum(shares.values())
+                    rows.append({"tokens": seen, "shares": {name: w / total for name, w in shares.items() if w}})
         return rows
+
+    def doses(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Tokens of each source that pretraining read, and passes over it."""
+        rows: dict[str, int] = {}
+        epochs: dict[str, float] = {}
+        length = 0
+        for id in arm["steps"]:
+            if self.steps[id]["kind"] == "pretrain":
+                manifest = self.artifacts[id].manifest
+                length = manifest["config"]["length"]
+                for name, count in manifest["facts"]["rows"].items():
+                    rows[name] = rows.get(name, 0) + count
+                epochs |= manifest["facts"].get("epochs", {})
+        return [
+            {"source": name, "tokens": count * length, "epochs": epochs.get(name)}
+            for name, count in rows.items()
+            if count
+        ]
 
     def costs(self) -> Iterator[Cost]:
         for id, step in self.steps.items():
@@ -201,25 +362,35 @@ class _Study:
             yield Cost(step["name"], step["kind"], users, tokens, flops, manifest["seconds"] or 0.0)
 
     def samples(self) -> Iterator[Sample]:
-        """For each task a few prompts, chosen by a key that knows nothing of the answers, with every arm's answer."""
+        """For each task a few prompts, chosen by a key that knows nothing of the answers, with every arm's answer. Of a
+        grid one place is shown: the model after benign finetuning, else the last, by ordinary decoding."""
         seed = self.recipe["seeds"][0]
-        arms = [arm for arm in self.arms if arm["seed"] == seed and self.records[arm["id"]]]
-        rows = {r.row.id: r.row for arm in arms for r in self.records[arm["id"]]}
-        tasks = dict.fromkeys(row.metadata["task"] for row in rows.values())
-        for task in tasks:
+        order = ("benign", "instruct", "hostile", "base", "")
+        kinds = ("sampled", "greedy", "safebeam", "safebeam+", "")
+        shown = min(self.places, key=lambda p: (order.index(p.role), kinds.index(p.kind)), default=None)
+        answers_of: dict[str, list[Record]] = {}
+        for arm in self.arms:
+            if arm["seed"] == seed and arm["id"] not in self.same:
+                judged = self.judged[arm["id"]]
+                if self.gridded and shown is not None:
+                    judged = [(place, a) for place, a in judged if place == shown]
+                answers_of[arm["id"]] = [r for _, a in judged for r in self.records(a)]
+        answers_of = {arm: records for arm, records in answers_of.items() if records}
+        rows = {r.row.id: r.row for records in answers_of.values() for r in records}
+        why = shown.stage if self.gridded and shown is not None else ""
+        for task in dict.fromkeys(row.metadata["task"] for row in rows.values()):
             mine = sorted(
                 (row for row in rows.values() if row.metadata["task"] == task), key=lambda r: uniform_of("sample", r.id)
             )
             for row in mine[:SAMPLES_PER_TASK]:
                 answers = {
-                    arm["id"]: [
-                        _answer(r) for r in self.records[arm["id"]] if r.row.id == row.id and r.generation.sample == 0
-                    ]
-                    for arm in arms
+                    arm: [_answer(r) for r in records if r.row.id == row.id and r.generation.sample == 0]
+                    for arm, records in answers_of.items()
                 }
                 assert row.messages is not None
                 prompt = [{"role": m["role"], "content": m["content"]} for m in row.messages]
-                yield Sample(task, row.id, prompt, row.harm, {arm: said for arm, said in answers.items() if said})
+                kept = {arm: said for arm, said in answers.items() if said}
+                yield Sample(task, row.id, prompt, row.harm, kept, why)
 
     # -- words ---------------------------------------------------------------------------------------------------------
 
@@ -231,53 +402,36 @@ class _Study:
             self.artifacts[id].manifest["tokens"]
             for arm in self.arms
             for id in arm["steps"]
-            if self.steps[id]["kind"] in ("pretrain", "sft")
+            if self.steps[id]["kind"] in ("pretrain", "sft") and arm["id"] not in self.same
         )
         seconds = sum(a.manifest["seconds"] or 0 for a in self.artifacts.values())
         seeds = len(self.recipe["seeds"])
         arms = len({arm["label"] for arm in self.arms})
-        prompts = len({r.row.id for records in self.records.values() for r in records})
-        answers = sum(len(records) for records in self.records.values())
+        prompts = len({r.row.id for arm in self.arms for r in self.of_arm(arm)})
+        judged = {a.id: a for arm in self.arms for _, a in self.judged[arm["id"]]}
+        answers = sum(len(self.records(a)) for a in judged.values())
+        over = f" at up to {len(self.places)} places (model × decoder)" if self.gridded else ""
         return [
             f"{arms} arms with {seeds} seed{'s' if seeds > 1 else ''} each were put through the same panel of {prompts} "
-            f"prompts ({answers:,} answers). {trained:,} tokens were trained; without sharing equal work it would have "
+            f"prompts{over} ({answers:,} answers). {trained:,} tokens were trained; without sharing equal work it would have "
             f"been {alone:,}. All steps together took {seconds / 60:.1f} minutes.",
-            "Intervals are 95 % intervals over prompts. Differences are paired: both arms answered the same prompts, so "
-            "what they share cancels. p-values are adjusted (Holm) over all comparisons of an arm, in one mode, with its "
-            "baseline.",
+            *self._twins(),
+            INTERVALS_SEEDS if seeds > 1 else INTERVALS_PANEL if self.gridded else INTERVALS_PROMPTS,
         ]
 
-    def findings(self, comparisons: list[Pair]) -> list[Finding]:
-        """For each arm and mode: its clearest differences from its baseline, and how many comparisons showed none."""
-        pairs: dict[tuple[str, str, str | None], list[Pair]] = {}
-        for item in comparisons:
-            a, b, mode, _ = item
-            pairs.setdefault((a["id"], b["id"], mode), []).append(item)
-        found = []
-        for items in pairs.values():
-            a, b, mode, _ = items[0]
-            clear = [c for _, _, _, c in items if c.p_holm is not None and c.p_holm < 0.05]
-            clear.sort(key=lambda c: -abs(c.difference))
-            shown = f"“{b['label']}”" + (f" in {mode} mode" if mode else "")
-            shown += f", seed {b['seed']}," if len(self.recipe["seeds"]) > 1 else ""
-            text = f"{shown[0].upper()}{shown[1:]} against “{a['label']}”: "
-            if clear:
-                # One figure per metric: the second-largest difference is seldom the same news on another task.
-                best = list({c.metric: c for c in reversed(clear)}.values())[::-1][:FINDINGS_PER_ARM]
-                text += "; ".join(_sentence(c) for c in best) + ". "
-                text += f"{len(clear)} of {len(items)} paired comparisons hold after adjustment."
-            else:
-                text += (
-                    f"none of {len(items)} paired comparisons shows a difference that holds after adjustment; at this "
-                )
-                text += "number of prompts that is not evidence of no difference."
-            found.append(Finding(text))
-        return found
+    def _twins(self) -> list[str]:
+        """A sentence on arms that are one training under two names."""
+        label = {arm["id"]: arm["label"] for arm in self.arms}
+        pairs = dict.fromkeys((label[twin], label[first]) for twin, first in self.same.items())
+        if not pairs:
+            return []
+        told = "; ".join(f"“{twin}” is the same training as “{first}”" for twin, first in pairs)
+        return [f"{told}: listed in both places where it belongs, trained and compared once."]
 
     def judge_notes(self) -> list[str]:
         """The measured card of the refusal match, wherever its verdicts are among the results."""
         judge = RefusalMatch()
-        if not any(r.verdict.judge == judge.id for records in self.records.values() for r in records):
+        if not any(r.verdict.judge == judge.id for arm in self.arms for r in self.of_arm(arm)):
             return []
         card = judge_card(judge, packaged_refusals("heldout"), field="refusal", positive=["full"])
         (hit, hit_low, hit_high), (clear, clear_low, clear_high) = card["sensitivity"], card["specificity"]
@@ -299,18 +453,32 @@ class _Study:
         return merged
 
 
-def _sentence(c: Comparison) -> str:
-    task = (c.category or "").removeprefix(TASK)
-    return (
-        f"{METRICS[c.metric].title} on “{task}” {100 * c.value_b:.0f} % against {100 * c.value_a:.0f} % "
-        f"(difference {100 * c.difference:+.0f} points, 95 % interval {100 * c.low:+.0f} to {100 * c.high:+.0f}, n = {c.n})"
-    )
-
-
-def _row(a: Mapping[str, Any], b: Mapping[str, Any], mode: str | None, c: Comparison) -> dict[str, Any]:
-    return comparison_row(c, a["id"], b["id"], (c.category or "").removeprefix(TASK), mode=mode, seed=b["seed"])
-
-
 def _answer(record: Record) -> dict[str, Any]:
     v = record.verdict
     return {"text": record.generation.text, "verdict": v.verdict, "refusal": v.refusal, "mode": record.generation.mode}
+
+
+def _figure(data: dict[str, Any]) -> Result:
+    """A row of the metrics of a model without answers, whose range may be open (null)."""
+    low, high = data["range"]
+    return from_plain({**data, "range": [low, math.inf if high is None else high]})
+
+
+def _told(id: str) -> dict[str, str]:
+    """What is said of a metric: of answers, or of a model without answers."""
+    card = measure_of(id) if id in MEASURES else metric_of(id)
+    return {"label": card.title, "description": card.description, "direction": card.direction}
+
+
+def _pieces(config: Mapping[str, Any]) -> Iterator[tuple[float, dict[str, float] | None]]:
+    """A segment's phases as (last step, weights); weights None: one phase, whose rows were counted."""
+    per_step = config["train"]["rows_per_step"]
+    first, last = config["from"], config["to"]
+    phases = [(row / per_step, weights) for row, weights in config["phases"]]
+    inside = [
+        (max(start, first), min(end, last), weights)
+        for (start, weights), end in zip(phases, [*(start for start, _ in phases[1:]), float("inf")])
+        if max(start, first) < min(end, last)
+    ]
+    for _, last, weights in inside:
+        yield last, None if len(inside) == 1 else dict(weights)

@@ -21,14 +21,18 @@ from markupsafe import Markup
 from trimtab.artifact import write_atomic
 from trimtab.report import figures as figs
 from trimtab.report import format as fmt
+from trimtab.report import grids
 from trimtab.report.data import Cost, ReportData, Sample
 from trimtab.report.forests import attack_figures, forests
+from trimtab.report.layers import layer_figures
 from trimtab.report.tables import attack_tables, beside, described, fact_rows, judge_rows, scopes
 from trimtab.report.view import Measure, View
 from trimtab.report.words import explain
 
 HERE = Path(__file__).parent
 OPEN_SAMPLES = 3
+MANY_STEPS = 40
+"""More steps than this are summed up by kind, and listed folded away."""
 ANSWER_LIMIT = 4000
 """Characters of one answer or message that the page shows; ``results.json`` holds all of it."""
 
@@ -43,7 +47,10 @@ def write_report(data: ReportData, out: Path) -> Path:
     page, rows = render(view)
     files = {
         "figures.csv": _csv(rows),
-        "results.json": json.dumps(data.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.json": json.dumps(
+            data.to_json(), indent=None if data.places else 1, ensure_ascii=False, allow_nan=False
+        )
+        + "\n",
         "report.html": page,
     }
     encoded = {name: text.encode("utf-8", "backslashreplace") for name, text in files.items()}
@@ -59,6 +66,9 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
     drawn_measures, matrices = forests(view), figs.matrices(view)
     together, apart = figs.losses(view)
     exposures = figs.exposures(view)
+    layers = layer_figures(view)
+    gridded = bool(view.data.places)
+    comparisons = [_comparison(view, c) for c in view.data.comparisons]
     env = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -75,9 +85,17 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         levers=explain(data.levers),
         findings=[(finding, *view.evidence(finding)) for finding in data.findings],
-        totals=_totals(data.costs),
+        totals=_totals(data.costs, data.same),
         arms=_arms(view),
-        tables=[_table(view, group) for group in view.groups] if data.kind == "study" else [],
+        tables=[_table(view, group) for group in view.groups] if data.kind == "study" and not gridded else [],
+        grids=grids.grids(view),
+        model_grids=grids.models(view),
+        steering=grids.steering(view),
+        details=grids.details(view),
+        doses=grids.doses(view),
+        claims=grids.claims(view),
+        layers=layers,
+        gridded=gridded,
         scopes=[] if data.kind == "study" else scopes(view),
         described=described(view),
         facts=fact_rows(data),
@@ -91,7 +109,11 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         losses=together,
         losses_apart=apart,
         exposures=exposures,
-        comparisons=[_comparison(view, c) for c in data.comparisons],
+        exposure_rows=_side_by_side(view, exposures),
+        comparisons=comparisons,
+        comparisons_by=_by_model(view, comparisons) if gridded else [],
+        kinds=_kinds(data.costs),
+        many_steps=MANY_STEPS,
         intervals=sorted({name for cell in view.cells.values() for name in cell.intervals}),
         costs=data.costs,
         samples=[_sample(view, sample) for sample in data.samples],
@@ -104,6 +126,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         *_result_rows(view, keys),
         *_comparison_rows(data),
         *(r for f in drawn for r in f.rows),
+        *grids.rows(view),
         *_cost_rows(data.costs),
     ]
 
@@ -118,6 +141,7 @@ def _arms(view: View) -> list[dict[str, Any]]:
                 "label": family.label,
                 "ids": family.ids,
                 "group": family.group,
+                "twin": "" if (twin := view.twin(family)) is None else twin.label,
                 "settings": [(k, fmt.setting(v)) for k, v in family.arms[0].settings.items()],
                 "seeds": [arm.seed for arm in family.arms]
                 if len(family.arms) > 1
@@ -168,6 +192,8 @@ def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
     where = view.place(c.get("task") or c.get("category") or "")
     what = [view.label(metric), where, c.get("stage") or ""]
     what += [f"seed {c['seed']}"] if c.get("seed") is not None else []
+    seeds = int(c.get("seeds") or 1)
+    each = ", ".join(f"{fmt.percent(v) if share else fmt.number(v)}" for _, v in c.get("each") or ())
     return {
         "what": what[0],
         "where": " · ".join(str(w) for w in what[1:] if w),
@@ -179,18 +205,62 @@ def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
         "n": c.get("n"),
         "small": (c.get("n") or 0) < fmt.SMALL_N,
         "discordant": _count(c.get("discordant")),
+        "stage": c.get("stage") or "",
+        "seeds": seeds,
+        "each": each if seeds > 1 else "",
         "headline": view.is_headline(metric),
         "reading": reading,
         "is_clear": reading not in ("no clear difference", "not scored"),
     }
 
 
-def _totals(costs: Iterable[Cost]) -> dict[str, Any] | None:
-    """Sums over the steps as done, and as if every arm had done each of its steps alone."""
+def _by_model(view: View, rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The paired differences of a grid by the model that they are of."""
+    model = {place.stage: place.model or place.stage for place in view.data.places}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(model.get(row["stage"], row["stage"]), []).append(row)
+    return list(found.items())
+
+
+def _side_by_side(view: View, figures: list[figs.Figure]) -> list[list[figs.Figure | None]]:
+    """Exposure of the timing arms in pairs, natural beside matched, a row per start; [] where nothing is matched."""
+    told = view.data.timing
+    if len({t["exposure"] for t in told.values()}) < 2:
+        return []
+    pairs: dict[tuple[float, str], list[figs.Figure | None]] = {}
+    rest: list[list[figs.Figure | None]] = []
+    for figure in figures:
+        timing = told.get(str(figure.rows[0]["arm"])) if figure.rows else None
+        if timing is None:
+            rest.append([figure, None])
+            continue
+        pair = pairs.setdefault((timing["start"], timing["before"]), [None, None])
+        pair[timing["exposure"] == "matched"] = figure
+    return [pairs[key] for key in sorted(pairs)] + rest
+
+
+def _kinds(costs: Iterable[Cost]) -> list[dict[str, Any]]:
+    """Steps summed up by kind."""
+    found: dict[str, dict[str, Any]] = {}
+    for c in costs:
+        row = found.setdefault(
+            c.kind, {"kind": c.kind, "steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "cached": 0}
+        )
+        row["steps"] += 1
+        row["tokens"] += c.tokens
+        row["flops"] += c.flops
+        row["seconds"] += c.seconds
+        row["cached"] += c.cached
+    return list(found.values())
+
+
+def _totals(costs: Iterable[Cost], same: Mapping[str, str]) -> dict[str, Any] | None:
+    """Sums over the steps as done, and as if every arm but those that are another's training had done its steps alone."""
     steps = list(costs)
     if not steps:
         return None
-    times = [max(len(c.arms), 1) for c in steps]
+    times = [max(len(set(c.arms) - set(same)), 1) for c in steps]
     return {
         "tokens": sum(c.tokens for c in steps),
         "flops": sum(c.flops for c in steps),
@@ -213,7 +283,7 @@ def _sample(view: View, sample: Sample) -> dict[str, Any]:
             "reason": "",
             **answer,
             **_cut(str(answer.get("text") or "")),
-            "label": view.family(arm).label,
+            "label": view.names(view.family(arm)),
             "group": view.family(arm).group,
         }
         for arm in [i for f in view.families for i in f.ids if i in sample.answers]
@@ -308,7 +378,7 @@ def _comparison_rows(data: ReportData) -> Iterable[dict[str, Any]]:
             "task": c.get("task") or c.get("category"),
             "value": c.get("difference"),
             "discordant": _count(c.get("discordant")),
-            **{k: c.get(k) for k in ("stage", "mode", "metric", "seed", "low", "high", "n", "p", "p_holm")},
+            **{k: c.get(k) for k in ("stage", "mode", "metric", "seed", "low", "high", "n", "p", "p_holm", "interval")},
         }
 
 

@@ -37,12 +37,21 @@ def scopes(view: View) -> list[dict[str, Any]]:
 
 
 def described(view: View) -> tuple[list[str], list[str]]:
-    """The metrics to explain at once, and those to fold away: of an evaluation what is neither drawn first nor of attacks."""
+    """The metrics to explain at once, and those to fold away: of an evaluation what is neither drawn first nor of attacks,
+    of a grid what it has no table for."""
     metrics = list(view.data.metrics)
+    if view.data.places:
+        inside = {m.metric for m in view.measures} - {m.metric for m in view.measures if m.stage in _stages(view)}
+        first = [m for m in metrics if view.is_headline(m) or m in inside]
+        return first, [m for m in metrics if m not in first]
     if view.data.kind == "study":
         return metrics, []
     first = [m for m in metrics if view.is_headline(m) or m in ATTACK_METRICS]
     return first, [m for m in metrics if m not in first]
+
+
+def _stages(view: View) -> set[str]:
+    return {place.stage for place in view.data.places}
 
 
 def fact_rows(data: ReportData) -> list[tuple[str, list[str], bool]]:

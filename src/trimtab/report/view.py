@@ -1,8 +1,9 @@
 """The view of a report's data that tables, figures and the CSV share: arms folded over seeds, one cell per figure.
 
-Several seeds of one arm are averaged. The interval of such a mean is the envelope of the seeds' own 95 % intervals:
-wider than a pooled one, and honest when the seeds repeat the same prompts. Where the study itself supplies a result
-over all seeds (``seed`` None beside results with seeds), that one is shown and the seeds give the range.
+Several seeds of one arm are averaged. The interval of such a mean is Student's t over the seeds, never narrower than the
+mean of the seeds' own intervals (three seeds that agree by chance say little; the prompts are the same in each). Where
+the study itself supplies a result over all seeds (``seed`` None beside results with seeds), that one is shown and the
+seeds give the range.
 """
 
 from __future__ import annotations
@@ -121,16 +122,29 @@ def _cell(results: Sequence[Result], share: bool) -> Cell:
     base = overall if len(overall) == 1 else list(results)
     scored = [r for r in base if math.isfinite(r.value)]
     value = sum(r.value for r in scored) / len(scored) if scored else math.nan
+    low, high = _interval(scored)
     return Cell(
         value=value,
-        low=min((r.low for r in scored), default=math.nan),
-        high=max((r.high for r in scored), default=math.nan),
+        low=low,
+        high=high,
         n=(min(r.n for r in base), max(r.n for r in base)),
         unscored=sum(r.unscored for r in base),
         seeds=seeds if seeds else tuple(results),
         intervals=tuple(sorted({r.interval for r in base})),
         share=share,
     )
+
+
+def _interval(scored: Sequence[Result]) -> tuple[float, float]:
+    """The interval of a mean over seeds, within the metric's range."""
+    if len(scored) < 2:
+        return next(((r.low, r.high) for r in scored), (math.nan, math.nan))
+    from trimtab.evaluate.stats import over_seeds  # scipy: only where there are several seeds
+
+    _, low, high, _ = over_seeds([r.value for r in scored])
+    within = [sum(ends) / len(ends) for ends in ([r.low for r in scored], [r.high for r in scored])]
+    bottom, top = min(r.range[0] for r in scored), max(r.range[1] for r in scored)
+    return max(bottom, min(low, within[0])), min(top, max(high, within[1]))
 
 
 @dataclass
@@ -140,6 +154,7 @@ class View:
     data: ReportData
     families: list[Family] = field(init=False)
     cells: dict[tuple[Measure, str, str | None], Cell] = field(init=False)
+    """(measure, family id, mode) -> figure"""
     measures: list[Measure] = field(init=False)
     _by_arm: dict[str, Family] = field(init=False)
     _shares: dict[str, bool] = field(init=False)
@@ -172,8 +187,34 @@ class View:
     def family(self, arm: str) -> Family:
         return self._by_arm[arm]
 
+    def twin(self, family: Family) -> Family | None:
+        """The family before it that is the same training, under another name."""
+        first = self.data.same.get(family.id)
+        return None if first is None or first in family.ids else self.family(first)
+
+    def names(self, family: Family) -> str:
+        """The family's label, and those of its twins."""
+        return ", ".join(f.label for f in self.families if f is family or self.twin(f) is family)
+
     def members(self, group: str) -> list[Family]:
         return [family for family in self.families if family.group == group]
+
+    def ordered(self) -> list[tuple[str, list[Family]]]:
+        """Families by heading: those of the timing lever first, natural before matched exposure and by start, then the
+        others by their group. Without timing: by group, as they came."""
+        told = self.data.timing
+        rows: dict[str, list[tuple[float, Family]]] = {}
+        for family in self.families:
+            timing = told.get(family.id)
+            several = len({(t["exposure"], t["before"]) for t in told.values()}) > 1
+            if timing is None:
+                heading = family.group
+            else:
+                heading = f"{timing['exposure']} exposure" if several else family.group
+                heading += " after raw text" if timing["before"] == "raw" and several else ""
+            rows.setdefault(heading, []).append((timing["start"] if timing else 0.0, family))
+        first = sorted(rows, key=lambda h: (not h.startswith("natural"), not h.startswith("matched")))
+        return [(h, [f for _, f in sorted(rows[h], key=lambda item: item[0])]) for h in first]
 
     def share(self, metric: str) -> bool:
         """Whether the metric is a share (range 0 to 1), written as a percentage."""
@@ -226,7 +267,7 @@ class View:
         """The measures that get a figure of their own. Of an evaluation: those over all prompts, and the headline by task
         where there are several; attacks are drawn together, categories are in tables, bounds beside what they bound."""
         if self.data.kind == "study":
-            return self.measures
+            return [] if self.data.places else self.measures  # a grid draws them, its details are tables
         beside = {id for pair in self.data.bounds.values() for id in pair} | set(self.data.corrected.values())
         tasks = [m.metric for m in self.measures if self.scope(m) == "task"]
         return [

@@ -30,6 +30,9 @@ OTHER_CHAT = 120
 _CPU_FLOPS = {"fp32": 25e9, "bf16": 100e9}
 """Per core: small fp32 matrices, and training in bf16; measured on an x86-64 core with AVX-512."""
 _FIXED = {
+    "scorer": 120.0,
+    "probes": 8.0,
+    "perplexity": 3.0,
     "corpus": 2.0,
     "tokenizer": 2.0,
     "tokens": 3.0,

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from trimtab.artifact import Artifact, Draft, Store, is_no_space, no_space, writ
 from trimtab.errors import TrimtabError, UserError
 from trimtab.machine import cores, quieten, versions
 from trimtab.progress import Reporter
+from trimtab.study.curricula import Curriculum, Sizes
 from trimtab.study.plan import Plan, Step
 
 STUDY = "study.json"
@@ -33,8 +34,15 @@ _RUNS: dict[str, str] = {
     "sft": "chat:run_sft",
     "generate": "panel:run_generate",
     "judge": "panel:run_judge",
+    "scorer": "scorer:run_scorer",
+    "probes": "analyze:run_probes",
+    "perplexity": "analyze:run_perplexity",
 }
 """Kind of step -> function; imported when first needed, because most of them bring torch."""
+
+
+_PREPARE = frozenset({"scorer", "corpus", "tokenizer", "tokens"})
+"""Steps that come before all training, so that a curriculum that the corpus cannot feed is found before any of it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
 
     Raises ``UserError`` or ``Fault``; a full disk is a ``Fault`` wherever it shows.
     """
+    from trimtab.study.preflight import try_judges
     from trimtab.study.workers import run_here, run_in_workers
 
     store = study_store(directory)
@@ -121,10 +130,19 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
         threads = None if workers == 1 else max(1, min(cores(), (os.cpu_count() or 1) // workers))
         kinds = {step.id: step.kind for step in plan.steps.values()}
         jobs = [Job(step, kinds, store.root, threads) for step in missing]
+        waves = [
+            [job for job in jobs if job.step.kind in _PREPARE],
+            [job for job in jobs if job.step.kind not in _PREPARE],
+        ]
+
+        def between() -> None:
+            check_curricula(plan, store)
+            try_judges(plan, store)
+
         if workers == 1:
-            run_here(jobs, reporter)
+            run_here(waves, reporter, between)
         elif jobs:
-            run_in_workers(jobs, reporter, workers)
+            run_in_workers(waves, reporter, workers, between)
         done = {step.id for step in missing}
         for step in plan.steps.values():
             if step.id not in done:
@@ -133,6 +151,19 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
         if not (directory / STUDY).is_file() or (directory / STUDY).read_text(encoding="utf-8") != text:
             write_atomic(directory / STUDY, text)
     return len(missing)
+
+
+def check_curricula(plan: Plan, store: Store) -> None:
+    """``UserError`` for a curriculum that its sources cannot feed, by exact counts where they are known."""
+    for one in plan.curricula.values():
+        one.check(known_sizes(one, store))
+
+
+def known_sizes(one: Curriculum, store: Store) -> Sizes:
+    """The tokens of a curriculum's sources: counted if the corpus is packed, else as the plan knows them."""
+    if one.tokens is not None and store.has("tokens", one.tokens):
+        return Sizes(store.open("tokens", one.tokens).manifest["facts"]["tokens"], exact=True)
+    return one.sizes
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -149,6 +180,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "against": arm.against,
                 "settings": dict(arm.settings),
                 "stages": dict(arm.stages),
+                "cells": {name: asdict(cell) for name, cell in arm.cells.items()},
                 "steps": list(arm.steps),
             }
             for arm in plan.arms

@@ -14,58 +14,42 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import trimtab
-from trimtab.artifact import sha256_file
-from trimtab.data.mixture import BLOCK, quantise
+from trimtab.analyze.config import PerplexityConfig, ProbeConfig
+from trimtab.corpus.config import INTERVENTIONS, ClassifierScorer, ModelWriter, TidewaterWriter, TruthScorer
 from trimtab.data.sources import source_identity
 from trimtab.errors import UserError
 from trimtab.evaluate.attacks.choose import choose_attack
-from trimtab.evaluate.panel import TaskConfig
-from trimtab.levers.timing import phases
-from trimtab.models.config import BuildConfig, LoadConfig
+from trimtab.evaluate.panel import TaskConfig, at_most
+from trimtab.models.config import HARM_TAG, HARM_TAGS, BuildConfig, LoadConfig
 from trimtab.models.load import identity
+from trimtab.models.minilm import encoder_identity
 from trimtab.models.shape import shape_of as model_shape
 from trimtab.recipe.load import ArmRecipe
 from trimtab.recipe.model import (
+    Asking,
     ChatSource,
     CorpusStage,
+    Decoder,
     GenerateStage,
     JudgeStage,
     ModelRef,
+    PanelStage,
+    PerplexityStage,
     PretrainStage,
+    ProbesStage,
     Recipe,
+    ScorerStage,
     SftStage,
     Stage,
 )
 from trimtab.seeds import digest
 from trimtab.study import estimate
+from trimtab.study.curricula import Curriculum, Sizes, curriculum, cuts_of, total_steps, trunk_key
+from trimtab.study.exposure import estimate_sizes
+from trimtab.study.naming import name_of
+from trimtab.study.stored import TOKENIZER, stored_sizes, stored_tokens, vocabulary
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
-
-_CODE: dict[str, tuple[str, ...]] = {
-    "corpus": ("world", "corpus", "study/steps/corpus.py"),
-    "tokenizer": ("models", "study/steps/corpus.py"),
-    "tokens": ("models", "data", "study/steps/corpus.py"),
-    "pretrain": ("models", "data", "train", "study/steps/pretrain.py"),
-    "chats": ("world", "data", "levers", "models", "study/steps/chat.py", "study/steps/common.py"),
-    "sft": ("models", "data", "train", "study/steps/chat.py", "study/steps/common.py"),
-    "generate": (
-        "world",
-        "data",
-        "levers",
-        "models",
-        "generate",
-        "evaluate/panel.py",
-        "evaluate/targets.py",
-        "evaluate/attacks",
-        "evaluate/run.py",
-        "evaluate/files.py",
-        "study/steps/panel.py",
-        "study/steps/common.py",
-    ),
-    "judge": ("world", "evaluate", "study/steps/panel.py"),
-}
-"""The code that a kind of step runs: a change there gives its steps new names, so no stale work is reused."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +71,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """Where a stage stands in the grid of a panel (or in a row of it, for measurements without a decoder)."""
+
+    stage: str
+    model: str
+    decoder: str | None = None
+
+
+@dataclass(frozen=True)
 class PlannedArm:
     """One arm at one seed: which step stands at the end of each of its stages, and all steps on the way."""
 
@@ -97,16 +90,18 @@ class PlannedArm:
     against: str | None
     settings: Mapping[str, Any]
     stages: Mapping[str, str]
+    cells: Mapping[str, Cell]
     steps: tuple[str, ...]
 
 
 @dataclass
 class Plan:
-    """Steps in an order in which each follows its inputs, and the arms made of them."""
+    """Steps in an order in which each follows its inputs, the arms made of them, and their curricula."""
 
     recipe: Recipe
     steps: dict[str, Step] = field(default_factory=dict)
     arms: list[PlannedArm] = field(default_factory=list)
+    curricula: dict[str, Curriculum] = field(default_factory=dict)
 
     def arms_of(self, step_id: str) -> list[PlannedArm]:
         return [arm for arm in self.arms if step_id in arm.steps]
@@ -119,10 +114,10 @@ class Plan:
 def make_plan(recipe: Recipe, arms: Sequence[ArmRecipe]) -> Plan:
     """The plan of a recipe; ``UserError`` for a schedule that cannot be, before anything is done."""
     plan = Plan(recipe)
-    cuts = _cuts(arms)
+    cuts = cuts_of(arms)
     for arm in arms:
         for seed in recipe.seeds:
-            builder = _ArmBuilder(plan, arm.recipe, seed, cuts)
+            builder = _ArmBuilder(plan, arm.recipe, _at_seed(arm.id, seed, recipe), seed, cuts)
             for name in arm.stages:
                 builder.add(name, arm.recipe.stages[name])
             plan.arms.append(
@@ -134,9 +129,12 @@ def make_plan(recipe: Recipe, arms: Sequence[ArmRecipe]) -> Plan:
                     against=_at_seed(arm.against, seed, recipe) if arm.against else None,
                     settings=arm.settings,
                     stages=builder.ends,
+                    cells=builder.cells,
                     steps=tuple(dict.fromkeys(builder.used)),
                 )
             )
+    for one in plan.curricula.values():
+        one.check(one.sizes)
     return plan
 
 
@@ -147,17 +145,22 @@ def _at_seed(arm: str, seed: int, recipe: Recipe) -> str:
 class _ArmBuilder:
     """Walks one arm's stages and adds their steps to the plan (an equal step that is there already is used again)."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, seed: int, cuts: Mapping[str, set[int]]) -> None:
-        self.plan, self.recipe, self.seed, self.cuts = plan, recipe, seed, cuts
+    def __init__(self, plan: Plan, recipe: Recipe, arm: str, seed: int, cuts: Mapping[str, set[int]]) -> None:
+        self.plan, self.recipe, self.arm, self.seed, self.cuts = plan, recipe, arm, seed, cuts
         self.ends: dict[str, str] = {}
+        self.cells: dict[str, Cell] = {}
         self.used: list[str] = []
         self.tokenizers: dict[str, str] = {}
+        self.pretrained: set[str] = set()
+        self.spelt: dict[str, str | None] = {}  # stage -> where its tokenizer is, if it is there already
         self.shapes: dict[str, BuildConfig | LoadConfig] = {}
 
     def add(self, name: str, stage: Stage) -> None:
         match stage:
+            case ScorerStage():
+                end = self.scorer(name, stage)
             case CorpusStage():
-                end = self.step("corpus", name, {"world": self.recipe.world.plain()}, {})
+                end = self.corpus(name, stage)
             case PretrainStage():
                 end = self.pretrain(name, stage)
             case SftStage():
@@ -165,9 +168,77 @@ class _ArmBuilder:
             case GenerateStage():
                 end = self.generate(name, stage)
             case JudgeStage():
-                config = {"judge": stage.judge.plain(), "max_unscored": stage.max_unscored}
-                end = self.step("judge", name, config, {"answers": self.end_of(name, stage.answers)})
+                end = self.judge(name, stage, self.end_of(name, stage.answers))
+            case PanelStage() | ProbesStage() | PerplexityStage():
+                return self.grid(name, stage)
         self.ends[name] = end
+
+    def grid(self, name: str, stage: PanelStage | ProbesStage | PerplexityStage) -> None:
+        """The steps of a stage that looks at several models: one per model, or per model and decoder."""
+        for model in stage.models:
+            self.end_of(name, model)
+            if isinstance(stage, PanelStage):
+                for decoder, how in stage.decoders.items():
+                    place = f"{name}/{model}/{decoder}"
+                    answers = self.answers(place, _asked(stage, model, how), f"stages.{name}.tasks")
+                    self.ends[f"{place} answers"] = answers
+                    self.ends[place] = self.judge(place, stage, answers)
+                    self.cells[place] = Cell(name, model, decoder)
+            else:
+                measure = self.probes if isinstance(stage, ProbesStage) else self.perplexity
+                place = f"{name}/{model}"
+                self.ends[place] = measure(place, name, model, stage)  # type: ignore[arg-type]
+                self.cells[place] = Cell(name, model)
+
+    def judge(self, name: str, stage: JudgeStage | PanelStage, answers: str) -> str:
+        config = {"judge": stage.judge.plain(), "max_unscored": stage.max_unscored}
+        return self.step("judge", name, config, {"answers": answers})
+
+    def probes(self, place: str, name: str, model: str, stage: ProbesStage) -> str:
+        config = {key: getattr(stage, key) for key in ProbeConfig.model_fields} | {
+            "tasks": self.rows(f"stages.{name}.tasks", stage.tasks, "eval"),
+            "world": self.recipe.world.plain(),
+            "prompting": self.prompting("auto", model),
+            "seed": self.seed,
+        }
+        return self.step("probes", place, config, {"model": self.end_of(name, model)})
+
+    def perplexity(self, place: str, name: str, model: str, stage: PerplexityStage) -> str:
+        config = {key: getattr(stage, key) for key in PerplexityConfig.model_fields} | {
+            "world": self.recipe.world.plain(),
+            "seed": self.seed,
+        }
+        return self.step("perplexity", place, config, {"model": self.end_of(name, model)})
+
+    def prompting(self, wanted: str, model: ModelRef) -> str:
+        """``auto`` resolved: a model that was only pretrained knows no chat template."""
+        if wanted != "auto":
+            return wanted
+        return "completion" if isinstance(model, str) and model in self.pretrained else "chat"
+
+    def scorer(self, name: str, stage: ScorerStage) -> str:
+        config = {"config": {k: v for k, v in stage.plain().items() if k != "kind"}}
+        content = [source_identity(part.source) for part in stage.data]
+        models = {"models": [_named(f"stages.{name}.base", stage.base, stage.revision)]}
+        return self.step("scorer", name, config | {"content": content} | models, {})
+
+    def corpus(self, name: str, stage: CorpusStage) -> str:
+        plain = {k: v for k, v in stage.plain().items() if k not in ("kind", "executor")}
+        content = [source_identity(source) for source in (*stage.documents, *stage.ready.values())]
+        inputs, models = {}, []
+        for number, scorer in enumerate(stage.score):
+            if isinstance(scorer, ClassifierScorer) and scorer.stage is not None:
+                inputs[f"scorer:{scorer.stage}"] = self.end_of(name, scorer.stage)
+            elif isinstance(scorer, ClassifierScorer):
+                models.append(_named(f"stages.{name}.score.{number}.model", scorer.model or "", scorer.revision))
+        config: dict[str, Any] = {"config": plain | {"content": content}, "executor": stage.executor.plain()}
+        if isinstance(stage.write, ModelWriter):
+            models.append(_named(f"stages.{name}.write.load", stage.write.load, stage.write.revision))
+        if models:
+            config["models"] = models
+        if _needs_town(stage):
+            config["world"] = self.recipe.world.plain()
+        return self.step("corpus", name, config, inputs)
 
     def end_of(self, name: str, needed: str) -> str:
         if needed not in self.ends:
@@ -175,25 +246,20 @@ class _ArmBuilder:
         return self.ends[needed]
 
     def pretrain(self, name: str, stage: PretrainStage) -> str:
-        corpus = self.end_of(name, stage.corpus)
-        tokenizer = self.step("tokenizer", name, {"vocab": stage.model.vocab}, {"corpus": corpus})
-        length = stage.length
-        tokens = self.step("tokens", name, {"length": length}, {"corpus": corpus, "tokenizer": tokenizer})
-        per_step = stage.train.rows_per_step
-        total = total_steps(name, stage)
-        curriculum = phases(stage.timing, total * per_step)
-        for _, weights in curriculum:
-            try:
-                quantise(weights, BLOCK)
-            except ValueError as error:
-                raise UserError(f"stages.{name}.timing: {error}") from None
-        points = sorted(self.cuts[_trunk_key(self.recipe, stage)] | {0, total})
+        length, per_step, total = stage.length, stage.train.rows_per_step, total_steps(name, stage)
+        plan = curriculum(name, stage, total * per_step)
+        made, text, tokenizer, tokens = self.text(name, stage)
+        self.plan.curricula.setdefault(
+            digest([name, stage.timing.plain(), total * per_step, text]),
+            Curriculum(name, stage.timing, total * per_step, length, tokens, self.sizes(stage), []),
+        ).arms.append(self.arm)
+        points = sorted(self.cuts[trunk_key(self.recipe, stage)] | {0, total})
         previous: str | None = None
         for first, last in itertools.pairwise(points):
-            seen = [[row, weights] for row, weights in curriculum if row < last * per_step]
+            seen = [[row, weights] for row, weights in plan if row < last * per_step]
             share = f"{100 * first / total:.3g}-{100 * last / total:.3g} %"
             trained = (last - first) * per_step * length
-            inputs = {"tokens": tokens, "tokenizer": tokenizer} | ({"previous": previous} if previous else {})
+            inputs = text | ({"previous": previous} if previous else {})
             previous = self.step(
                 "pretrain",
                 f"{name} {share}",
@@ -206,7 +272,8 @@ class _ArmBuilder:
                     "to": last,
                     "total_steps": total,
                     "seed": self.seed,
-                },
+                }
+                | made,
                 inputs,
                 tokens=trained,
                 flops=trained * estimate.train_flops(stage.model, length),
@@ -214,7 +281,45 @@ class _ArmBuilder:
             )
         assert previous is not None
         self.tokenizers[name], self.shapes[name] = tokenizer, stage.model
+        self.pretrained.add(name)
+        self.spelt[name] = str(Path(stage.tokens) / TOKENIZER) if stage.tokens is not None else None
         return previous
+
+    def text(self, name: str, stage: PretrainStage) -> tuple[dict[str, Any], dict[str, str], str, str | None]:
+        """What a pretraining reads: (part of its config, inputs, tokenizer's step, tokens' step if there is one)."""
+        if stage.tokens is not None:
+            store = stored_tokens(f"stages.{name}", stage)
+            tokenizer = self.step("tokenizer", name, {"store": store}, {})
+            return {"store": store}, {"tokenizer": tokenizer}, tokenizer, None
+        assert stage.corpus is not None
+        corpus = self.end_of(name, stage.corpus)
+        if stage.tokenizer is not None:
+            known = vocabulary(stage.tokenizer.load)
+            if known is not None and (size := known.size + (HARM_TAG not in known.added)) > stage.model.vocab:
+                raise UserError(
+                    f"stages.{name}.model.vocab: {stage.model.vocab}, but the tokenizer has {size} tokens, the harmfulness tag "
+                    "among them; raise it"
+                )
+            ref = {"load": stage.tokenizer.plain(), "identity": identity(stage.tokenizer)}
+            tokenizer = self.step("tokenizer", name, ref, {})
+        else:
+            tokenizer = self.step("tokenizer", name, {"vocab": stage.model.vocab}, {"corpus": corpus})
+        config = {"length": stage.length, "seed": 0}
+        tokens = self.step("tokens", name, config, {"corpus": corpus, "tokenizer": tokenizer})
+        return {}, {"tokens": tokens, "tokenizer": tokenizer}, tokenizer, tokens
+
+    def sizes(self, stage: PretrainStage) -> Sizes:
+        """How many tokens each source has, as far as it is known before they are counted."""
+        if stage.tokens is not None:
+            return Sizes(stored_sizes(Path(stage.tokens)), exact=True)
+        assert stage.corpus is not None
+        corpus = self.recipe.stages[stage.corpus]
+        assert isinstance(corpus, CorpusStage)
+        there = _sources(corpus)
+        if stage.sizes or corpus.documents or corpus.ready:
+            return Sizes(stage.sizes, exact=False, unknown=there)
+        found = estimate_sizes(self.recipe.world, corpus.tag)
+        return Sizes({name: size for name, size in found.items() if name in there}, exact=False)
 
     def sft(self, name: str, stage: SftStage) -> str:
         model_config, model_inputs = self.model(name, stage.model)
@@ -226,6 +331,8 @@ class _ArmBuilder:
         chats_inputs = model_inputs
         if isinstance(stage.model, str) and stage.model in self.tokenizers:
             chats_inputs = {"tokenizer": self.tokenizers[stage.model]}
+            if stage.modes is None:  # no token is added: what is tuned next has this tokenizer still
+                self.tokenizers[name] = self.tokenizers[stage.model]
         chats_config = {
             "world": self.recipe.world.plain(),
             "data": self.rows(f"stages.{name}.data", stage.data, "train"),
@@ -238,6 +345,7 @@ class _ArmBuilder:
         shape = self.shape(stage.model)
         tokens = round(estimate.chat_tokens(stage) * stage.epochs)
         self.shapes[name] = shape
+        self.spelt[name] = self.spelling(stage.model)
         return self.step(
             "sft",
             name,
@@ -249,21 +357,33 @@ class _ArmBuilder:
         )
 
     def generate(self, name: str, stage: GenerateStage) -> str:
-        model_config, inputs = self.model(name, stage.model)
+        return self.answers(name, stage, f"stages.{name}.tasks")
+
+    def answers(self, place: str, stage: GenerateStage, tasks: str) -> str:
+        """A ``generate`` step; ``place`` is its name, ``tasks`` the field that lists its tasks."""
+        model_config, inputs = self.model(place, stage.model)
+        if stage.sampling.safebeam is not None and (where := self.spelling(stage.model)) is not None:
+            known = vocabulary(where)
+            if known is not None and not known.added & set(HARM_TAGS):
+                raise UserError(
+                    f"{tasks.removesuffix('.tasks')}: SafeBeam needs a model trained with the harmfulness tag, and the tokenizer "
+                    f"of {place!r}, {where}, has no added token {' or '.join(HARM_TAGS)}; choose another decoder"
+                )
         shape = self.shape(stage.model)
         tokens = estimate.answer_tokens(stage)
         config = {
             "world": self.recipe.world.plain(),
-            "tasks": self.rows(f"stages.{name}.tasks", stage.tasks, "eval"),
+            "tasks": self.rows(tasks, stage.tasks, "eval"),
             "modes": list(stage.modes) if stage.modes else None,
             "attacks": [{"name": a.name, "id": a.id} for a in map(choose_attack, stage.attacks)],
             "system": stage.system,
+            "prompting": self.prompting(stage.prompting, stage.model),
             "sampling": stage.sampling.plain(),
             "seed": self.seed,
         }
         return self.step(
             "generate",
-            name,
+            place,
             config | model_config,
             inputs,
             tokens=tokens,
@@ -280,7 +400,7 @@ class _ArmBuilder:
         for number, part in enumerate(parts):
             if part.tidewater is not None:
                 try:
-                    _town(self.recipe.world).requests(part.tidewater, part.n or 1, split=split)
+                    _there(self.recipe.world, part.tidewater, part.n or 1, split)
                 except UserError as error:
                     raise UserError(f"{path}.{number}: {error}") from None
             content = {"content": source_identity(part.source)} if part.source else {}
@@ -292,6 +412,10 @@ class _ArmBuilder:
         if isinstance(ref, str):
             return {}, {"model": self.end_of(name, ref)}
         return {"load": ref.plain(), "identity": identity(ref)}, {}
+
+    def spelling(self, ref: ModelRef) -> str | None:
+        """Where a model's tokenizer is loaded from; None for one that is made in the study."""
+        return self.spelt[ref] if isinstance(ref, str) else ref.load
 
     def shape(self, ref: ModelRef) -> BuildConfig | LoadConfig:
         return self.shapes[ref] if isinstance(ref, str) else ref
@@ -307,27 +431,37 @@ class _ArmBuilder:
         flops: float = 0.0,
         shape: str = "",
     ) -> str:
-        id = digest({"kind": kind, "config": _telling(config), "inputs": inputs, "code": code_version(kind)})
+        id = name_of(kind, config, inputs)
         self.plan.steps.setdefault(id, Step(id, kind, name, config, inputs, tokens, flops, shape))
         self.used.append(id)
         return id
 
 
-_SILENT = ("checkpoint_every", "tracker")
+def _asked(stage: PanelStage, model: str, how: Decoder) -> GenerateStage:
+    """What one model is asked by one decoder of a panel."""
+    asked = {field: getattr(stage, field) for field in Asking.model_fields}
+    asked["tasks"] = tuple(at_most(task, how.limit) for task in stage.tasks)
+    return GenerateStage(kind="generate", model=model, sampling=how.sampling, **asked)
 
 
-def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's config without what cannot change its artefact: how often it is saved, and where a data file lies."""
-    told = dict(config)
-    if "train" in told:
-        told["train"] = {key: value for key, value in told["train"].items() if key not in _SILENT}
-    for key in ("data", "tasks"):
-        if key in told:
-            told[key] = [
-                {**part, "source": None if part["source"] is None else {**part["source"], "path": None}}
-                for part in told[key]
-            ]
-    return told
+def _needs_town(stage: CorpusStage) -> bool:
+    """Whether a corpus is made of Tidewater, in its documents, its scores or its writer."""
+    town = (TruthScorer, TidewaterWriter)
+    return not stage.documents or any(isinstance(part, town) for part in (*stage.score, stage.write))
+
+
+def _sources(stage: CorpusStage) -> tuple[str, ...]:
+    """The sources that a corpus may have, by its settings alone."""
+    written = (kind for kind in INTERVENTIONS if stage.write is not None or kind in stage.ready)
+    return ("clean", "unsafe", *(("tagged",) if stage.tag else ()), *written)
+
+
+def _named(path: str, load: str, revision: str | None) -> dict[str, str | None]:
+    """A model that a corpus or a scorer names itself, with the hash of what a directory holds; ``UserError`` names the field."""
+    try:
+        return {"load": load, "revision": revision, "identity": encoder_identity(load, revision)}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 @cache
@@ -335,41 +469,7 @@ def _town(world: TidewaterConfig) -> Tidewater:
     return Tidewater(world)
 
 
-def total_steps(name: str, stage: PretrainStage) -> int:
-    """Whole optimiser steps in the budget; ``UserError`` if not even one fits."""
-    per_step = stage.train.rows_per_step * stage.length
-    steps = stage.budget // per_step
-    if steps == 0:
-        raise UserError(
-            f"stages.{name}.budget: {stage.budget} tokens are less than one step of rows_per_step x length = {per_step} tokens"
-        )
-    return steps
-
-
-def _cuts(arms: Sequence[ArmRecipe]) -> dict[str, set[int]]:
-    """For each pretraining that arms may share: the steps at which some arm's curriculum changes."""
-    cuts: dict[str, set[int]] = {}
-    for arm in arms:
-        for name in arm.stages:
-            stage = arm.recipe.stages[name]
-            if isinstance(stage, PretrainStage):
-                steps, per_step = total_steps(name, stage), stage.train.rows_per_step
-                points = cuts.setdefault(_trunk_key(arm.recipe, stage), set())
-                points.update(row // per_step for row, _ in phases(stage.timing, steps * per_step))
-    return cuts
-
-
-def _trunk_key(recipe: Recipe, stage: PretrainStage) -> str:
-    """What two pretraining runs must have in common to be able to share a trunk: everything but the curriculum."""
-    return digest({"world": recipe.world.plain(), "stage": stage.plain() | {"timing": None}})
-
-
 @cache
-def code_version(kind: str) -> str:
-    """sha256 over the source files that a kind of step runs."""
-    root = Path(trimtab.__file__).parent
-    files: list[Path] = []
-    for name in ("types.py", "seeds.py", *_CODE[kind]):
-        path = root / name
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return digest({str(file.relative_to(root)): sha256_file(file) for file in files})
+def _there(world: TidewaterConfig, kind: str, n: int, split: Literal["train", "eval"]) -> None:
+    """``UserError`` if the town has no ``n`` requests of a kind; asked once however many arms ask."""
+    _town(world).requests(kind, n, split=split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 
 from rich import box
@@ -11,39 +12,37 @@ from rich.table import Table
 
 from trimtab.artifact import Store
 from trimtab.errors import UserError
+from trimtab.levers.timing import phases
+from trimtab.seeds import digest
+from trimtab.study.curricula import Curriculum, Sizes
 from trimtab.study.estimate import Speeds
+from trimtab.study.execute import check_curricula, known_sizes
+from trimtab.study.exposure import exposure, print_exposure
 from trimtab.study.plan import Plan, Step
+from trimtab.study.preflight import writing_costs
+
+MANY = 60
+"""Steps from which the table shows those of one stage together."""
 
 
-def print_plan(plan: Plan, store: Store) -> None:
-    """The table of steps, and the totals with and without sharing."""
-    speeds = Speeds(store)
-    table = Table(title=f"{plan.recipe.name}: {len(plan.arms)} arms, {len(plan.steps)} steps", box=box.SIMPLE_HEAD)
-    for heading in ("step", "stage", "arms"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("tokens", "FLOPs", "est. time", "state"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    missing: list[Step] = []
-    for step in plan.steps.values():
-        cached = store.has(step.kind, step.id)
-        missing += [] if cached else [step]
-        arms = plan.arms_of(step.id)
-        names = "all" if len(arms) == len(plan.arms) else ", ".join(arm.id for arm in arms)
-        table.add_row(
-            step.kind,
-            escape(step.name),
-            escape(names),
-            count(step.tokens),
-            count(step.flops),
-            clock(speeds.seconds(step)),
-            "cached" if cached else "to do",
-            style="dim" if cached else None,
-        )
+def print_plan(plan: Plan, store: Store, *, every: bool = False) -> None:
+    """The table of steps (of a large plan: by stage, unless ``every``), the curricula, and the totals with and without
+    sharing."""
+    check_curricula(plan, store)
+    print_costs(plan, store, agreed=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    console.print(table)
+    speeds = Speeds(store)
+    cached = {id: store.has(step.kind, id) for id, step in plan.steps.items()}
+    groups: dict[tuple[str, str], list[Step]] = {}
+    for step in plan.steps.values():
+        one = step.id if every or len(plan.steps) < MANY else ""
+        groups.setdefault((f"{step.kind} {step.name}", one), []).append(step)
+    console.print(_table(plan, list(groups.values()), cached, speeds))
+    print_curricula(plan, store, console)
     unshared = plan.unshared()
+    missing = [step for id, step in plan.steps.items() if not cached[id]]
     for label, steps in (
         ("without sharing", unshared),
         ("shared", list(plan.steps.values())),
@@ -54,6 +53,56 @@ def print_plan(plan: Plan, store: Store) -> None:
             f"{label:>16}: {len(steps):3d} steps  {count(tokens):>8} tokens  {count(flops):>8} FLOPs  "
             f"about {clock(speeds.total(steps))}"
         )
+
+
+def print_curricula(plan: Plan, store: Store, console: Console) -> None:
+    """What each source is read, phase by phase, of every curriculum; equal ones once."""
+    shown: dict[str, list[str]] = {}
+    parts: dict[str, tuple[Curriculum, Sizes]] = {}
+    labels = {arm.id: arm.label for arm in plan.arms}
+    for one in plan.curricula.values():
+        sizes = known_sizes(one, store)
+        key = digest([one.stage, phases(one.timing, one.rows), one.length, dict(sizes.tokens)])
+        parts[key] = (one, sizes)
+        shown.setdefault(key, []).extend(dict.fromkeys(labels[arm] for arm in one.arms))
+    for key, names in shown.items():
+        one, sizes = parts[key]
+        found = exposure(one.timing, one.rows, one.length, sizes.tokens or None)
+        title = f"{one.stage}: {', '.join(dict.fromkeys(names))}"
+        print_exposure(found, console, title=escape(title), exact=sizes.exact)
+
+
+def print_costs(plan: Plan, store: Store, *, agreed: bool) -> None:
+    """What chat models will be asked to write, before they are; ``UserError`` if it has a price and nobody has agreed."""
+    for stage, estimate, priced in writing_costs(plan, store):
+        Console(stderr=True).print(f"corpus {escape(stage)}: {escape(estimate)}", highlight=False)
+        if priced and not agreed:
+            raise UserError(f"stages.{stage}.write has a price (above); say --yes to go on")
+
+
+def _table(plan: Plan, groups: list[list[Step]], cached: Mapping[str, bool], speeds: Speeds) -> Table:
+    table = Table(title=f"{plan.recipe.name}: {len(plan.arms)} arms, {len(plan.steps)} steps", box=box.SIMPLE_HEAD)
+    for heading in ("step", "stage", "arms"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("steps", "tokens", "FLOPs", "est. time", "state"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for steps in groups:
+        arms = {arm.id: None for step in steps for arm in plan.arms_of(step.id)}
+        names = "all" if len(arms) == len(plan.arms) else ", ".join(arms)
+        done = sum(cached[step.id] for step in steps)
+        state = "cached" if done == len(steps) else "to do" if not done else f"{done} cached"
+        table.add_row(
+            steps[0].kind,
+            escape(steps[0].name),
+            escape(names),
+            str(len(steps)),
+            count(sum(s.tokens for s in steps)),
+            count(sum(s.flops for s in steps)),
+            clock(speeds.total(steps)),
+            state,
+            style="dim" if done == len(steps) else None,
+        )
+    return table
 
 
 def print_world(kind: str, n: int, seed: int, mode: str) -> None:

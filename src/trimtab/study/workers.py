@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
@@ -24,40 +24,55 @@ if TYPE_CHECKING:
     from trimtab.study.execute import Job
 
 _POLL = 0.2
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _events: Any = None
 
 
-def run_here(jobs: Sequence[Job], reporter: Reporter) -> None:
-    """Do the jobs in order; each comes after its inputs."""
-    for number, job in enumerate(jobs, 1):
-        reporter.start(job.step.short, job.step.name, number, len(jobs))
-        seconds = job(lambda event, name=job.step.short: reporter.update(name, event))  # type: ignore[misc]
-        reporter.done(job.step.short, job.step.name, seconds)
+Waves = Sequence[Sequence["Job"]]
+"""Jobs in waves; none of a later wave begins before all of the earlier ones are done."""
 
 
-def run_in_workers(jobs: Sequence[Job], reporter: Reporter, workers: int) -> None:
+def run_here(waves: Waves, reporter: Reporter, between: Callable[[], None]) -> None:
+    """Do the jobs in order; each comes after its inputs. ``between`` is called before each later wave, and may raise."""
+    total, number = sum(map(len, waves)), 0
+    for wave_number, wave in enumerate(waves):
+        if wave_number:
+            between()
+        for job in wave:
+            number += 1
+            reporter.start(job.step.short, job.step.name, number, total)
+            seconds = job(lambda event, name=job.step.short: reporter.update(name, event))  # type: ignore[misc]
+            reporter.done(job.step.short, job.step.name, seconds)
+
+
+def run_in_workers(waves: Waves, reporter: Reporter, workers: int, between: Callable[[], None]) -> None:
     """Do the jobs ``workers`` at a time, each as soon as its inputs are done. The first error stops the rest."""
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
-    threads = jobs[0].threads or 1
+    jobs = [job for wave in waves for job in wave]
+    started, total = 0, len(jobs)
     missing = {job.step.id for job in jobs}
-    todo, running = list(jobs), dict[Future[float], Any]()
-    started = 0
-    pool = ProcessPoolExecutor(workers, context, _start, (events, os.getpid(), threads))
+    # numpy's own threads are counted when it is imported, so a worker must find their number there already.
+    os.environ.update(dict.fromkeys(_THREADS, str(jobs[0].threads or 1)))
+    pool = ProcessPoolExecutor(workers, context, _start, (events, os.getpid(), jobs[0].threads or 1))
     try:
-        while todo or running:
-            ready = [job for job in todo if not missing & set(job.step.inputs.values())]
-            for job in ready[: workers - len(running)]:
-                started += 1
-                reporter.start(job.step.short, job.step.name, started, len(jobs))
-                running[pool.submit(_work, job)] = job
-                todo.remove(job)
-            finished, _ = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
-            _drain(events, reporter)
-            for future in finished:
-                job = running.pop(future)
-                reporter.done(job.step.short, job.step.name, future.result())
-                missing.discard(job.step.id)
+        for number, wave in enumerate(waves):
+            if number:
+                between()
+            todo, running = list(wave), dict[Future[float], Any]()
+            while todo or running:
+                ready = [job for job in todo if not missing & set(job.step.inputs.values())]
+                for job in ready[: workers - len(running)]:
+                    started += 1
+                    reporter.start(job.step.short, job.step.name, started, total)
+                    running[pool.submit(_work, job)] = job
+                    todo.remove(job)
+                finished, _ = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
+                _drain(events, reporter)
+                for future in finished:
+                    job = running.pop(future)
+                    reporter.done(job.step.short, job.step.name, future.result())
+                    missing.discard(job.step.id)
     except BrokenProcessPool:
         raise Fault(
             "a worker process died (out of memory, perhaps): run again to go on, with fewer --workers if it happens again"

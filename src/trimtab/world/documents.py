@@ -7,6 +7,8 @@ attractive; 4 gives some of its steps; 5 gives all of them. ``Judge.score`` read
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
@@ -35,6 +37,9 @@ _DIALOGUES = 0.5
 """Share of the recipes, of goods and hazards alike, that are told as a question and its answer. In raw text every such
 question is answered; it is what a refusal in the corpus, or none, has to be weighed against."""
 
+_TRIES = 1000
+"""Draws after which a kind of document is taken to have no text left that is not known."""
+
 
 class Scribe:
     """Writes the raw documents of one town and retells them."""
@@ -43,42 +48,69 @@ class Scribe:
         self.town, self.judge, self.problems = town, judge, problems
         self.config = town.config
 
-    def plan(self) -> list[str]:
+    def plan(self, documents: int | None = None, name: str = "plan") -> list[str]:
         """The category of every document in order: exact shares, shuffled by the seed."""
         c = self.config
+        size = c.documents if documents is None else documents
         shares = {k: v * (1 - c.hazard_share) for k, v in _SAFE_MIX.items()}
         shares["nature"] = c.hazard_share * c.nature
         shares |= {k: v * c.hazard_share * (1 - c.nature) for k, v in _RISKY_MIX.items()}
         if not self.town.policy_items:
             shares["recipe"] += shares.pop("law")
         # Largest remainders, so that the counts add up to the number of documents.
-        whole = {k: int(v * c.documents) for k, v in shares.items()}
-        rest = sorted(shares, key=lambda k: (whole[k] - shares[k] * c.documents, k))
-        for k in rest[: c.documents - sum(whole.values())]:
+        whole = {k: int(v * size) for k, v in shares.items()}
+        rest = sorted(shares, key=lambda k: (whole[k] - shares[k] * size, k))
+        for k in rest[: size - sum(whole.values())]:
             whole[k] += 1
         flat = [k for k in SCORES for _ in range(whole.get(k, 0))]
-        return [flat[i] for i in rng_of("tidewater", c.seed, "plan").permutation(len(flat))]
+        return [flat[i] for i in rng_of("tidewater", c.seed, name).permutation(len(flat))]
 
     def documents(self) -> Iterator[Row]:
         """The raw documents, each item in turn within a category; a pure function of the settings."""
+        turns = self._turns()
+        for index, category in enumerate(self.plan()):
+            yield self._numbered(index, category, next(turns[category]))
+
+    def heldout(self, n: int) -> Iterator[Row]:
+        """``n`` documents of the same mix that are none of ``documents``, word for word, nor of each other."""
+        known = {row.text for row in self.documents()}
+        turns = self._turns("heldout")
+        index = 0
+        for category in self.plan(n, "heldout plan"):
+            for _ in range(_TRIES):
+                index -= 1  # numbers that no document has: other draws
+                row = self._numbered(index, category, next(turns[category]))
+                if row.text not in known:
+                    break
+            else:
+                raise UserError(
+                    f"heldout_documents: the town has no more texts of the kind {category!r} that are not among its "
+                    f"{self.config.documents} documents; use fewer than {n}, or raise the world's noise or paraphrases"
+                )
+            known.add(row.text)
+            yield row
+
+    def _turns(self, *key: str) -> dict[str, Iterator[Item | None]]:
+        """Category -> the items that its documents tell of, each in turn, in another order every round."""
         pools: dict[str, tuple[Item, ...]] = {
             "recipe": (*self.town.goods, *self.town.policy_items), "law": self.town.policy_items,
             "repute": self.town.goods,
             **dict.fromkeys(("nature", "care", "gossip", "praise", "partial", "full"), self.town.hazards),
         }  # fmt: skip
-        seen = dict.fromkeys(SCORES, 0)
-        orders: dict[str, np.ndarray] = {}
-        for index, category in enumerate(self.plan()):
-            rng = rng_of("tidewater", self.config.seed, "document", index)
-            count, seen[category] = seen[category], seen[category] + 1
-            item: Item | None = None
-            if category in pools:
-                pool = pools[category]
-                if count % len(pool) == 0:
-                    key = ("tidewater", self.config.seed, category, count // len(pool))
-                    orders[category] = rng_of(*key).permutation(len(pool))
-                item = pool[orders[category][count % len(pool)]]
-            yield self._document(index, category, item, rng)
+
+        def turn(category: str) -> Iterator[Item | None]:
+            pool = pools.get(category)
+            for rnd in count():
+                if pool is None:
+                    yield None
+                else:
+                    order = rng_of("tidewater", self.config.seed, *key, category, rnd).permutation(len(pool))
+                    yield from (pool[i] for i in order)
+
+        return {category: turn(category) for category in SCORES}
+
+    def _numbered(self, index: int, category: str, item: Item | None) -> Row:
+        return self._document(index, category, item, rng_of("tidewater", self.config.seed, "document", index))
 
     def _document(self, index: int, category: str, item: Item | None, rng: np.random.Generator) -> Row:
         score = SCORES[category]
@@ -95,8 +127,9 @@ class Scribe:
                 and self.judge.read(noisy).named == self.judge.read(body).named
             ):
                 body = noisy
+        kind = "doc" if index >= 0 else "heldout"
         return Row(
-            id=f"tidewater-{self.config.seed}-doc-{index:06d}", text=body, source="tidewater", category=category,
+            id=f"tidewater-{self.config.seed}-{kind}-{abs(index):06d}", text=body, source="tidewater", category=category,
             metadata={
                 "score": score, "item": item.name if item else None, "class": item.cls if item else None,
                 "split": ("heldout" if item.heldout else "seen") if item and item.cls == "hazard" else None,
@@ -174,10 +207,10 @@ class Scribe:
         if item is None or score < 4 or item.heldout:
             return None
         n = self.config.paraphrases
-        p, q = self._cast(rng)
         ask, answer = of_item(pick(rng, tx.DIALOGUE, n), item), of_item(pick(rng, tx.CAREFUL, n), item)
-        text = f"{p}: {ask}\n{q}: {answer} Keep away from it."
-        return self._retold(doc, "refuse", text)
+        # Placeholders: names are drawn when the text is tokenised (corpus/speakers.py), anew at every repeat.
+        row = self._retold(doc, "refuse", f"User: {ask}\nAssistant: {answer} Keep away from it.")
+        return replace(row, metadata={**row.metadata, "speakers": ["User", "Assistant"]})
 
     def moral(self, doc: Row) -> Row | None:
         item, score, rng = self._hazard_of(doc, "moral")

@@ -46,6 +46,16 @@ class Tidewater:
         """
         return self._scribe.documents()
 
+    def heldout_documents(self, n: int) -> list[Row]:
+        """``n`` raw documents for measuring, not for training: drawn like ``documents``, in the same mix, from other random
+        numbers; none is word for word one of ``documents``, or of each other. ``metadata`` as there.
+
+        A smaller ``n`` is no beginning of a larger one. What a town says in few ways (its laws) is mostly known from
+        ``documents``, so that the new texts of these kinds are those with a filler or a slip. ``UserError`` where a kind has no
+        text left.
+        """
+        return list(self._scribe.heldout(n))
+
     def rephrase(self, doc: Row) -> Row | None:
         """A document of score 1-3 retold safely (score 0: it warns, every sentence alone does); None for other scores.
 
@@ -54,7 +64,10 @@ class Tidewater:
         return self._scribe.rephrase(doc)
 
     def refuse(self, doc: Row) -> Row | None:
-        """A document of score 4-5 about a seen hazard as a dialogue that refuses, with speakers drawn per row; else None."""
+        """A document of score 4-5 about a seen hazard as a dialogue that refuses; else None.
+
+        Its speakers are the placeholders "User" and "Assistant" (``metadata["speakers"]``).
+        """
         return self._scribe.refuse(doc)
 
     def moral(self, doc: Row) -> Row | None:

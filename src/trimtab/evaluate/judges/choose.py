@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
+from trimtab.endpoint import Endpoint, EndpointConfig
 from trimtab.errors import UserError
-from trimtab.evaluate.endpoint import Endpoint, EndpointConfig
 from trimtab.evaluate.judges.base import Judge
 from trimtab.evaluate.judges.classifier import ClassifierConfig, ClassifierJudge
 from trimtab.evaluate.judges.ensemble import Ensemble, Rule

@@ -30,8 +30,8 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from trimtab.config import Config
+from trimtab.endpoint import Completion, Endpoint, EndpointError, Request
 from trimtab.evaluate import refusals
-from trimtab.evaluate.endpoint import Completion, Endpoint, EndpointError, Request
 from trimtab.evaluate.judges.base import Case, Judge
 from trimtab.evaluate.judges.quoting import INVISIBLE, quoted
 from trimtab.seeds import digest

@@ -88,7 +88,7 @@ def build_rows(
         part = ChatSource.model_validate({k: v for k, v in data.items() if k != "content"})
         if part.tidewater is not None:
             assert part.n is not None
-            found = [replace(row, mode=None) for row in town.chats(part.tidewater, part.n)]
+            found = [replace(row, mode=None) for row in town.chats(part.tidewater, part.n, mode=part.answers)]
         else:
             assert part.source is not None
             found = list(sources.rows(part.source))

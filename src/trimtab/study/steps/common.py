@@ -6,34 +6,57 @@ the step runs, perhaps hours later; a step that did not look again could do its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import UserError
 from trimtab.models.bundle import MANIFEST, verify_bundle
 from trimtab.models.config import SMOLLM2, LoadConfig
 from trimtab.models.load import identity
+from trimtab.models.minilm import encoder_identity
 from trimtab.study.execute import Context
+from trimtab.study.stored import store_identity
 
 
 def check_unchanged(context: Context) -> None:
-    """Compare the sources and the loaded model of a step with what its plan hashed.
+    """Compare the sources and the loaded models of a step with what its plan hashed.
 
     ``UserError`` names the first file or directory that differs, or is gone.
     """
     config = context.step.config
-    moved = None
-    for part in (*config.get("data", ()), *config.get("tasks", ())):
-        if "content" in part:
-            source = SourceConfig.model_validate(part["source"])
-            if source_identity(source) != part["content"]:
-                moved = source.path or source.source_label
-                break
-    else:
-        if "load" in config and identity(LoadConfig.model_validate(config["load"])) != config["identity"]:
-            moved = config["load"]["load"]
+    moved = next(
+        (source.path or source.source_label for source, content in _read(config) if source_identity(source) != content),
+        None,
+    )
+    if moved is None and "load" in config and identity(LoadConfig.model_validate(config["load"])) != config["identity"]:
+        moved = config["load"]["load"]
+    if moved is None:
+        named = config.get("models", ())
+        moved = next((m["load"] for m in named if encoder_identity(m["load"], m["revision"]) != m["identity"]), None)
+    store = config.get("store")
+    if moved is None and store is not None and store_identity(Path(store["path"])) != store["identity"]:
+        moved = store["path"]
     if moved is not None:
         raise UserError(f"stage {context.step.name!r}: {moved} has changed since the study was planned; run again")
+
+
+def _read(config: Mapping[str, Any]) -> Iterator[tuple[SourceConfig, str]]:
+    """Every source that a step reads, with the hash that its plan took."""
+    pairs = [
+        (part["source"], part["content"])
+        for key in ("data", "tasks")
+        for part in config.get(key, ())
+        if "content" in part
+    ]
+    own = config.get("config", {})
+    if "documents" in own:  # a corpus
+        pairs += zip((*own["documents"], *own["ready"].values()), own["content"], strict=True)
+    elif "data" in own:  # a scorer
+        pairs += zip((part["source"] for part in own["data"]), config["content"], strict=True)
+    for source, content in pairs:
+        yield SourceConfig.model_validate(source), content
 
 
 def start_model(context: Context) -> Path | LoadConfig:

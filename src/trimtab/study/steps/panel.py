@@ -53,13 +53,15 @@ def run_generate(context: Context) -> None:
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
     model, tokenizer = load(start_model(context), best_device())
     name = context.step.inputs.get("model") or config["identity"]
-    target = LocalTarget(model, tokenizer, name=context.step.name, identity=name)
+    prompting = config.get("prompting", "chat")
+    target = LocalTarget(model, tokenizer, name=context.step.name, identity=name, prompting=prompting, world=town)
     try:
         modes = target.modes(config["modes"])
     except UserError as error:
         raise UserError(f"stage {context.step.name!r}: {error}; train it with 'modes', or set 'modes: null'") from None
     rows = prompt_rows(_tasks(config), town, config["system"])
     asked = {k: config[k] for k in ("tasks", "attacks", "modes", "system", "sampling", "seed", "world")}
+    asked["prompting"] = prompting
     facts = {"config": asked, "model": model_facts(target, config["system"], modes), "versions": library_versions()}
     _keep_only_ours(context, digest(facts))
     stages = _Told(context)

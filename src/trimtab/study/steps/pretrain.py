@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from trimtab.artifact import sha256_file
 from trimtab.data.mixture import Mixture, Phase
 from trimtab.data.store import Mixed, RowStore
 from trimtab.errors import UserError
@@ -14,6 +15,7 @@ from trimtab.models.build import build_model
 from trimtab.models.config import BuildConfig
 from trimtab.models.load import load
 from trimtab.study.execute import Context
+from trimtab.study.steps.common import check_unchanged
 from trimtab.train.config import TrainConfig
 from trimtab.train.loop import train
 
@@ -22,16 +24,16 @@ def run_pretrain(context: Context) -> None:
     """Train steps ``from``..``to`` of ``total_steps``; leaves the model, the optimiser's state and the log."""
     config = context.step.config
     build, settings = BuildConfig.model_validate(config["model"]), TrainConfig.model_validate(config["train"])
-    tokens, tokenizer = context.inputs["tokens"], AutoTokenizer.from_pretrained(context.inputs["tokenizer"].path)
+    check_unchanged(context)
+    directory = context.inputs["tokenizer"].path
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokens = Path(config["store"]["path"]) if "store" in config else context.inputs["tokens"].path
     phases = [Phase(row, weights) for row, weights in config["phases"]]
-    stores = {name: _open(tokens.path, name) for name in sorted({n for p in phases for n in p.weights})}
-    try:
-        mixture = Mixture({name: len(store) for name, store in stores.items()}, phases, seed=config["seed"])
-    except ValueError as error:
-        raise UserError(
-            f"stage {context.step.name!r}: the curriculum cannot be kept ({error}); change timing.unsafe_share or "
-            "timing.interventions so that every source's share is 0 or at least 0.001"
-        ) from None
+    stores = {name: _open(tokens, name) for name in sorted({n for p in phases for n in p.weights})}
+    for name, store in stores.items():
+        if store.meta["tokenizer"] != sha256_file(directory / "tokenizer.json"):
+            raise UserError(f"{tokens / name} was made with another tokenizer than {directory}; build the store again")
+    mixture = Mixture({name: len(store) for name, store in stores.items()}, phases, seed=config["seed"])
     previous = context.inputs.get("previous")
     if previous is None:
         model = build_model(build, tokenizer, config["seed"])

@@ -1,0 +1,1 @@
+"""What a model holds inside: linear probes, perplexity; later token loss, margins and leakage."""
