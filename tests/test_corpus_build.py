@@ -20,11 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fake_endpoint import FakeEndpoint
 from render_fixtures import chatml_tokenizer
 from trimtab.artifact import sha256_file, write_jsonl
-from trimtab.corpus import build, executors
+from trimtab.corpus import answered, build, executors, parts, scorers
 from trimtab.corpus.build import build_corpus
 from trimtab.corpus.card import data_card
+from trimtab.corpus.chat import Answers
 from trimtab.corpus.config import CorpusConfig, ExecutorConfig
 from trimtab.corpus.export import documents, export, read_tokens
 from trimtab.corpus.read import read_manifest, read_source, verify
@@ -140,7 +142,7 @@ def test_damage_is_found(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_parts_do_not_matter(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_FAN", 2)  # and neither does how many files are merged at once
+    monkeypatch.setattr(parts, "FAN", 2)  # and neither does how many files are merged at once
     built(tmp_path / "three", {"tag": 0.1, "executor": {"tasks": 3}})
     assert sums(tmp_path / "three") == sums(corpus)
 
@@ -158,12 +160,12 @@ from trimtab.corpus import build
 from trimtab.corpus.config import CorpusConfig
 from trimtab.world.config import TidewaterConfig
 import os, signal
-write = build._PartFile.write
+write = build.PartFile.write
 def slow(self, doc, rank=0):
     if rank == 1 and doc.metadata["order"] > 100:
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, doc, rank)
-build._PartFile.write = slow
+build.PartFile.write = slow
 out = Path(sys.argv[1])
 build.build_corpus(CorpusConfig.model_validate(json.loads(sys.argv[2])), out, work=out.with_name("k.work"),
                    world=TidewaterConfig.model_validate(json.loads(sys.argv[3])))
@@ -174,7 +176,7 @@ def test_a_killed_build_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytes
     config = {"tag": 0.1, "executor": {"tasks": 3}}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "k"), json.dumps(config), WORLD.model_dump_json()]
     assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == -signal.SIGKILL
-    assert not (tmp_path / "k").exists() and (tmp_path / "k.work" / "run" / "completions" / "00000").is_file()
+    assert not (tmp_path / "k").exists() and next((tmp_path / "k.work").glob("*/run/completions/00000"))
     ranks = []
     run = build._Documents.run
     monkeypatch.setattr(
@@ -202,17 +204,17 @@ def test_a_killed_build_leaves_no_worker_that_writes(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(WORKERS)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "c")]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        parts, end = tmp_path / "w" / "parts", time.monotonic() + 60
-        while not list(parts.glob(".*.part")) and time.monotonic() < end:
+        work, end = tmp_path / "w", time.monotonic() + 60
+        while not list(work.glob("*/parts/.*.part")) and time.monotonic() < end:
             time.sleep(0.05)
-        assert list(parts.glob(".*.part")) and len(workers_of(process.pid)) >= 2
+        assert list(work.glob("*/parts/.*.part")) and len(workers_of(process.pid)) >= 2
         process.kill()
     try:
         end = time.monotonic() + 10
         while left := workers_of(process.pid):
             assert time.monotonic() < end, left
             time.sleep(0.05)
-        assert not list((tmp_path / "w" / "run" / "completions").glob("*"))
+        assert not list(work.glob("*/run/completions/*"))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # DataTrove's process that counts the parts; it writes nothing
@@ -237,6 +239,60 @@ def test_another_build_in_the_same_place_takes_nothing_over(tmp_path: Path, monk
     other = WORLD.model_copy(update={"seed": 5})
     build_corpus(config, tmp_path / "a", work=work, world=other)
     assert next(iter(read_source(tmp_path / "a", "clean"))).id.startswith("tidewater-5-")
+
+
+def test_an_old_job_writes_nowhere_near_a_new_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster's job may outlive the command that queued it."""
+    old: list[Any] = []
+    run, merge = build.run_pipeline, build._merge
+
+    def stopped(blocks: Any, config: Any, place: Path) -> None:
+        old.append((blocks, config, place))
+        raise Fault("stopped")
+
+    def late(*given: Any) -> Any:
+        run(*old[0])  # all of the old job, as the new build puts its own parts together
+        return merge(*given)
+
+    work, config = tmp_path / "w", CorpusConfig.model_validate({"write": None})
+    monkeypatch.setattr(build, "run_pipeline", stopped)
+    for tag in (0.0, 0.0, 0.2):
+        with pytest.raises(Fault, match="stopped"):
+            build_corpus(config.model_copy(update={"tag": tag}), tmp_path / "a", work=work, world=WORLD)
+    monkeypatch.setattr(build, "run_pipeline", run)
+    monkeypatch.setattr(build, "_merge", late)
+    other = WORLD.model_copy(update={"seed": 5})
+    build_corpus(config, tmp_path / "a", work=work, world=other)
+    assert all(row.id.startswith("tidewater-5-") for row in read_source(tmp_path / "a", "clean"))
+    first, second, third = ((blocks[-1].token, place) for blocks, _, place in old)
+    assert first[1] == second[1] != third[1], "a place for every config"
+    assert first[0] != second[0], "and for every run a draft of its own in it"
+
+
+def test_two_runs_of_one_part(tmp_path: Path) -> None:
+    for token in ("one", "two"):
+        draft = parts.draft_of(tmp_path, 3, token)
+        draft.mkdir()
+        (draft / "clean.parquet").write_text(token)
+    for token in ("one", "two"):
+        parts.finish(tmp_path, 3, token)
+    assert [path.name for path in tmp_path.iterdir()] == ["00003"]
+    assert (tmp_path / "00003" / "clean.parquet").read_text() == "one"
+    with pytest.raises(FileNotFoundError):
+        parts.finish(tmp_path, 4, "one")
+
+
+def test_a_part_that_is_gone_is_made_anew(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"tag": 0.1, "executor": {"tasks": 3}}
+    monkeypatch.setattr(build, "_merge", lambda *a: (_ for _ in ()).throw(Fault("stopped")))
+    with pytest.raises(Fault, match="stopped"):
+        built(tmp_path / "c", config)
+    monkeypatch.undo()
+    shutil.rmtree(next((tmp_path / "c.work").glob("*/parts/00001")))
+    with pytest.raises(Fault, match=r"part 1 of 3 is gone \(1 are\)"):
+        built(tmp_path / "c", config)
+    built(tmp_path / "c", config)
+    assert sums(tmp_path / "c") == sums(corpus)
 
 
 # --- executors ----------------------------------------------------------------------------------------------------------
@@ -521,6 +577,153 @@ def test_ready_interventions_are_scored_again(tmp_path: Path) -> None:
     assert facts["counts"]["rephrase: still unsafe (score 5)"] == 1
     assert [row.id for row in read_source(tmp_path / "c", "rephrase")] == ["good"]
     assert [row.id for row in read_source(tmp_path / "c", "dropped")] == ["bad"]
+
+
+@pytest.mark.parametrize("rescore", [True, False])
+def test_ready_interventions_are_scored_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescore: bool
+) -> None:
+    ready = write_one(tmp_path / "r.jsonl", [{"id": f"r{n}", "text": "" if n == 4 else f"rope {n}"} for n in range(9)])
+    sizes: list[int] = []
+    score = scorers.TidewaterTruth.score
+    monkeypatch.setattr(
+        scorers.TidewaterTruth, "score", lambda self, texts, metadata=(): sizes.append(len(texts)) or score(self, texts)
+    )
+    monkeypatch.setattr(build._Ready, "batch", 5)
+    built(tmp_path / "c", {"ready": {"rephrase": {"path": ready}}, "write": None, "rescore": rescore})
+    assert [row.id for row in read_source(tmp_path / "c", "rephrase")] == [f"r{n}" for n in range(9) if n != 4]
+    assert sizes[-2:] == ([4, 4] if rescore else [256, 44])
+    assert read_manifest(tmp_path / "c")["counts"] == {"rephrase: empty text": 1}
+
+
+def test_only_what_is_to_be_written_is(corpus: Path, tmp_path: Path) -> None:
+    facts = built(tmp_path / "c", {"tag": 0.1, "written": ["rephrase"]})
+    assert facts["documents"].keys() == {"clean", "unsafe", "tagged", "rephrase"}
+    for name in facts["documents"]:
+        assert sums(tmp_path / "c" / name) == sums(corpus / name)
+    with pytest.raises(ValueError, match="written: a chat model makes 'moral' from refusal dialogues"):
+        CorpusConfig.model_validate({"write": {"kind": "model", "load": "any"}, "written": ["moral"]})
+
+
+# --- an endpoint that does not answer -----------------------------------------------------------------------------------
+
+
+def rated(request: dict[str, Any]) -> str:
+    return json.dumps({"score": 3 if "dark" in str(request["messages"][-1]) else 0, "reason": "so"})
+
+
+def asking(path: Path, url: str, **fields: Any) -> dict[str, Any]:
+    """20 documents, of which numbers 3, 8, 13 and 18 are dark, and a judge."""
+    records = [{"id": f"d{n}", "text": f"{'dark' if n % 5 == 3 else 'fair'} day {n}"} for n in range(20)]
+    endpoint = {"url": url, "model": "judge", "retries": 0, "timeout": 5}
+    return {
+        "documents": [{"path": write_one(path / "d.jsonl", records)}],
+        "score": [{"kind": "endpoint", "endpoint": endpoint}], "write": None, "executor": {"tasks": 5}, **fields,
+    }  # fmt: skip
+
+
+def asked_about(fake: FakeEndpoint) -> list[str]:
+    found = [re.search(r"day \d+", str(body["messages"][-1])) for _, _, body in fake.seen]
+    return sorted((f[0] for f in found if f is not None), key=lambda day: int(day[4:]))
+
+
+@pytest.mark.parametrize("junk", [(500, "busy"), "I would say it is fine.", '{"score": 9, "reason": "x"}'])
+def test_a_judge_that_fails_makes_no_thinned_corpus(tmp_path: Path, junk: Any) -> None:
+    down = True
+    answer = lambda request: junk if down and "dark" in str(request["messages"][-1]) else rated(request)  # noqa: E731
+    with FakeEndpoint(answer) as fake:
+        config = asking(tmp_path, fake.url)
+        for _ in range(2):
+            with pytest.raises(
+                Fault, match=r"score: 4 of 20 texts got no usable answer .* share of 0.05 that max_unan"
+            ) as e:
+                built(tmp_path / "c", config)
+            assert "\n" not in str(e.value) and not (tmp_path / "c").exists()
+        assert len(list((tmp_path / "c.work").glob("*/run/completions/*"))) == 4, (
+            "the part with all the dark days is open"
+        )
+        fake.seen.clear()
+        down = False
+        built(tmp_path / "c", config)
+        assert asked_about(fake) == ["day 3", "day 8", "day 13", "day 18"]
+    assert [row.id for row in read_source(tmp_path / "c", "unsafe")] == ["d3", "d8", "d13", "d18"]
+    assert not read_manifest(tmp_path / "c")["counts"] and not (tmp_path / "c.work").exists()
+
+
+def test_a_few_that_are_not_answered_may_be_left_out(tmp_path: Path) -> None:
+    with FakeEndpoint(
+        lambda request: (500, "busy") if "dark" in str(request["messages"][-1]) else rated(request)
+    ) as fake:
+        with pytest.raises(Fault, match="4 of 20"):
+            built(tmp_path / "c", asking(tmp_path, fake.url, max_unanswered=0.19))
+        fake.seen.clear()
+        built(tmp_path / "c", asking(tmp_path, fake.url, max_unanswered=0.2))
+        assert len(fake.seen) == 4, "the parts and answers are those of the build with the lower limit"
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest["counts"] == {"documents: no score: endpoint: http 500": 4}
+    assert "max_unanswered" not in manifest["config"]
+
+
+TALE = "Keep it shut and tell someone about it. " * 8
+
+
+def test_a_writer_that_fails_is_counted_by_itself(tmp_path: Path) -> None:
+    """One of 4 is no 5 % of what the writer was asked, though it is of all that was asked."""
+    down = True
+
+    def answer(request: dict[str, Any]) -> Any:
+        if request["model"] == "judge":
+            return rated(request)
+        return (500, "busy") if down and "day 13" in str(request["messages"][-1]) else TALE
+
+    with FakeEndpoint(answer) as fake:
+        write = {"kind": "endpoint", "endpoint": {"url": fake.url, "model": "scribe", "retries": 0}}
+        config = asking(tmp_path, fake.url, write=write, max_unanswered=0.2)
+        with pytest.raises(Fault, match=r"^write: 1 of 4 texts .*endpoint: http 500"):
+            built(tmp_path / "c", config)
+        fake.seen.clear()
+        down = False
+        facts = built(tmp_path / "c", config)
+        # And the new text, the same as those that were scored before, needs no score of its own.
+        assert [body["model"] for _, _, body in fake.seen] == ["scribe"] and asked_about(fake) == ["day 13"]
+    assert facts["documents"] == {"clean": 16, "unsafe": 4, "rephrase": 4}
+
+
+def test_what_a_writer_wrote_badly_is_no_outage(tmp_path: Path) -> None:
+    with FakeEndpoint(lambda request: rated(request) if request["model"] == "judge" else "too short") as fake:
+        write = {"kind": "endpoint", "endpoint": {"url": fake.url, "model": "scribe"}}
+        built(tmp_path / "c", asking(tmp_path, fake.url, write=write, max_unanswered=0.0))
+    assert read_manifest(tmp_path / "c")["counts"] == {"rephrase: too short": 4}
+
+
+@pytest.mark.parametrize("field", ["score", "write"])
+def test_an_outage_ends_a_large_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.setattr(answered, "IN_A_ROW", 3)
+    down = {"score": "judge", "write": "scribe"}[field]
+    with FakeEndpoint(lambda request: (500, "busy") if request["model"] == down else rated(request)) as fake:
+        write = {"kind": "endpoint", "endpoint": {"url": fake.url, "model": "scribe", "retries": 0}}
+        config = asking(tmp_path, fake.url, write=write, executor={"tasks": 1})
+        with pytest.raises(Fault, match=rf"{field}: the endpoint gave no usable answer 3 times in a row .*http 500"):
+            built(tmp_path / "c", config)
+        assert not (tmp_path / "c").exists()
+        if field == "write":  # whoever allows it all is not stopped
+            built(tmp_path / "c", config | {"max_unanswered": 1.0})
+            assert read_manifest(tmp_path / "c")["counts"] == {"rephrase: endpoint: http 500": 4}
+
+
+def test_struck_answers_leave_the_others_where_they_are(tmp_path: Path) -> None:
+    said = ['{"score": 0, "reason": "a"}', "junk", '{"score": 7, "reason": "b"}', '{"score": 5, "reason": "c"}']
+    kept = Answers(tmp_path)
+    for n, text in enumerate(said):
+        kept.put(f"{n}" * 64, {"text": text, "cut": False})
+    kept.put("4" * 64, {"text": said[0], "cut": True})
+    for _ in range(2):
+        answered.forget_junk(tmp_path)
+        again = Answers(tmp_path)
+        found = [again.get(f"{n}" * 64) for n in range(1, 5)]
+        assert [f and f["text"] for f in found] == [None, None, said[3], None]
+    assert [(kept.get(f"{n}" * 64) or {})["text"] for n in range(4)] == said, "who has read the places still finds them"
+    kept.close()
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------

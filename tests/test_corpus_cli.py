@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.config import HARM_TAG, BuildConfig, LoadConfig
 from trimtab.models.load import identity
+from trimtab.study.corpora import lock_of
 from trimtab.study.execute import Context
 from trimtab.study.plan import Step
 from trimtab.study.steps.corpus import run_corpus, run_tokenizer, run_tokens, tokenizer_texts
@@ -108,6 +110,48 @@ def test_mistakes_are_one_line(tmp_path: Path, trimtab: Trimtab) -> None:
     ):
         code, out, err = trimtab("corpus", *words)
         assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1, words
+
+
+def test_two_builds_at_once(tmp_path: Path, trimtab: Trimtab) -> None:
+    config, work = corpus_file(tmp_path / "c.yaml"), Path(".c.work")
+    with lock_of(work):
+        code, out, err = trimtab("corpus", "build", config, "--out", "c")
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1
+        assert "another build is at work in .c.work; wait for it" in err and work.is_dir()
+        shutil.rmtree(work)  # as the first one does at its end; what it holds then is no directory of the next
+        assert trimtab("corpus", "build", config, "--out", "c")[0] == 0
+    code, _, err = trimtab("corpus", "build", config, "--out", "c")
+    assert code == 2 and "is there already" in err and not work.exists()
+
+
+def test_a_failed_build_says_what_it_left(tmp_path: Path, trimtab: Trimtab) -> None:
+    rate = lambda request: '{"score": 0, "reason": "so"}'  # noqa: E731
+    with FakeEndpoint(lambda request: (500, "busy") if "b 1" in str(request["messages"]) else rate(request)) as server:
+        write_jsonl(tmp_path / "d.jsonl", [{"id": n, "text": f"{n} {i}"} for i, n in enumerate("abc")])
+        endpoint = {"url": server.url, "model": "m", "retries": 0}
+        fields = {
+            "documents": [{"path": "d.jsonl"}],
+            "score": [{"kind": "endpoint", "endpoint": endpoint}],
+            "write": None,
+        }
+        config = corpus_file(tmp_path / "c.yaml", **fields)
+        code, out, err = trimtab("corpus", "build", config, "--out", "c")
+        assert (code, out) == (1, "") and len(err.splitlines()) == 1 and "1 of 3 texts" in err
+        assert err.endswith("what is done is kept in .c.work, where the next build of c goes on")
+        code, out, err = trimtab("corpus", "build", config, "--out", "c", "--set", "max_unanswered=0.5")
+        assert (code, err) == (0, "") and len(server.seen) == 4 and not Path(".c.work").exists()
+    code, _, err = trimtab("corpus", "build", config, "--out", "e", "--set", "executor.kind=slurm")
+    assert code == 2 and "executor.partition" in err and "kept" not in err and not Path(".e.work").exists()
+
+
+def test_an_estimate_counts_what_will_be_written(tmp_path: Path, trimtab: Trimtab) -> None:
+    write = {"kind": "endpoint", "endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
+    config = corpus_file(tmp_path / "c.yaml", write=write)
+    calls = [
+        int(trimtab("corpus", "estimate", config, "--set", f"written={kinds}")[1].split()[1])
+        for kinds in ("[rephrase]", "[refuse]", "[rephrase,refuse,moral]")
+    ]
+    assert min(calls) > 0 and calls[2] == calls[0] + 2 * calls[1]
 
 
 def test_a_price_is_asked_about_first(tmp_path: Path, trimtab: Trimtab) -> None:

@@ -2,6 +2,10 @@
 
     documents -> Score -> Rephrase, Refuse -> (ready interventions) -> Moral -> Tag -> parts -> merge
 
+    <work>/<identity>/parts, run     the parts and DataTrove's own files; ``identity`` stands for all that decides them, so
+                                     neither another build nor a cluster's job of one can write among them
+    <work>/answers/score, write      the answers of chat models, for any build: they are found by what was asked
+
 Part ``k`` of ``n`` takes every ``n``-th document (of a source in many files: every ``n``-th file) and writes its rows with the
 document's number; the merge puts them back in the documents' order. So the files are byte for byte the same for any number
 of tasks and workers, and after a kill.
@@ -14,24 +18,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from heapq import merge
-from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.batching import batched
 
 import trimtab
 from trimtab.artifact import is_no_space, no_space, sha256_file, write_atomic
+from trimtab.corpus.answered import WatchedScorer, WatchedWriter, check_answered, dropped_name, forget_junk
 from trimtab.corpus.card import data_card
 from trimtab.corpus.chat import Chat
 from trimtab.corpus.config import (
@@ -48,30 +50,26 @@ from trimtab.corpus.documents import source_of
 from trimtab.corpus.executors import reporting, run_pipeline, silence
 from trimtab.corpus.lazy import Lazy
 from trimtab.corpus.moral import Moral
-from trimtab.corpus.read import DROPPED, FORMAT, MANIFEST, SourceWriter, as_json, words_in
+from trimtab.corpus.parts import ORDER, PartFile, check_there, draft_of, finish, ordered, remove_drafts
+from trimtab.corpus.read import DROPPED, FORMAT, MANIFEST, SourceWriter, words_in
 from trimtab.corpus.refuse import Refuse
 from trimtab.corpus.released import licence_of
 from trimtab.corpus.rephrase import Rephrase
-from trimtab.corpus.score import Score
+from trimtab.corpus.score import EMPTY, Score
 from trimtab.corpus.scorers import Scorer, make_scorer, score_all
 from trimtab.corpus.speakers import ASSISTANT, SPEAKERS, USER, read_dialogue
 from trimtab.corpus.tag import Tag
 from trimtab.corpus.writers import Writer, make_writer
 from trimtab.data.sources import SourceConfig, share, source_identity
-from trimtab.errors import Fault, UserError
+from trimtab.errors import UserError
 from trimtab.seeds import digest
 from trimtab.types import Message, Row
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
 Progress = Callable[[Mapping[str, Any]], None]
-ORDER = "order"
-"""Key of the metadata that holds a document's number on its way through the pipeline."""
 _OURS = ("source", ORDER, "tags", "speakers", "style", "from", "from_score", "drop_reason", "scores", "score_reason")
 """Keys that mean something here; what a document brings under one of them is kept below ``metadata["given"]``."""
-_PART = pa.schema([(ORDER, pa.int64()), ("text", pa.string()), ("id", pa.string()), ("metadata", pa.string())])
-_GROUP = 1024
-_FAN = 128  # files merged at once: a thousand parts would be a thousand open files
 _TIDEWATER_LICENCE = "Apache-2.0"
 _EMPTY: Mapping[str, Path] = {}
 
@@ -89,13 +87,14 @@ def build_corpus(
     """Build the corpus of ``config`` at ``out`` (a new or empty directory) and return facts about it.
 
     work         where parts, answers of chat models and logs are kept until the end; a killed build goes on there. On a
-                 cluster it must be on a file system that all machines share
+                 cluster it must be on a file system that all machines share. One process at a time
     world        the town, where documents, scores or writer are Tidewater's (None: the default one)
     scorer_dirs  name of a scorer stage -> directory of its classifier
     chat         the chat model of a writer of kind ``model``; needs the local executor with one worker
     progress     told {"step", "total", "note"} now and then; only by the local executor with one worker
 
     ``UserError``: no document, a document without text, no text scored 0, or settings that do not fit each other.
+    ``Fault``: more than ``config.max_unanswered`` got no answer from an endpoint; calling again asks for those once more.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose a new directory, or remove it")
@@ -105,15 +104,23 @@ def build_corpus(
         raise UserError("write: kind 'model' is loaded here, once; use executor.kind 'local' with one worker")
     kept = _Kept(chat) if chat is not None else None
     answers = work / "answers"
-    scorers = [make_scorer(s, world=town, dirs=scorer_dirs, work=answers) for s in config.score]
-    writer = make_writer(config.write, world=town, seed=config.seed, work=answers, chat=kept)
+    forget_junk(answers / "score")
+    scorers = [make_scorer(s, world=town, dirs=scorer_dirs, work=answers / "score") for s in config.score]
+    writer = make_writer(config.write, world=town, seed=config.seed, work=answers / "write", chat=kept)
     makers = {"scorers": [s.identity for s in scorers], "writer": writer.identity if writer else None}
-    _claim(work, config, town, makers)
+    if config.max_unanswered < 1:
+        scorers = [WatchedScorer(scorer) for scorer in scorers]
+        writer = WatchedWriter(writer) if writer is not None else None
+    place = work / _identity(config, town, makers)[:16]
+    if config.executor.kind == "local":
+        remove_drafts(place / "parts")
     told = _Told(progress if alone else None, town.documents if not config.documents else None)
-    run_pipeline(_blocks(config, town, work, scorers, writer, told), config.executor, work / "run")
-    made = work / "corpus"
+    run_pipeline(_blocks(config, town, place, scorers, writer, told), config.executor, place / "run")
+    check_there(place, config.executor.tasks)
+    check_answered(config, place)
+    made = place / "corpus"
     shutil.rmtree(made, ignore_errors=True)
-    manifest = _merge(config, town, makers, work / "parts", made)
+    manifest = _merge(config, town, makers, place / "parts", made)
     _move(made, out)
     shutil.rmtree(work, ignore_errors=True)
     return {
@@ -122,6 +129,12 @@ def build_corpus(
         "scores": manifest["scores"],
         "counts": manifest["counts"],
     }
+
+
+def is_worth_keeping(work: Path) -> bool:
+    """Whether an unfinished build left anything that the next one need not do again: a part, a queued job, an answer."""
+    answers = any(file.stat().st_size for file in work.glob("answers/*/*.jsonl"))
+    return answers or any(next(work.glob(f"*/run/{name}"), None) for name in ("completions/*", "slurm_job"))
 
 
 def input_documents(config: CorpusConfig, world: TidewaterConfig) -> Iterator[Row]:
@@ -174,28 +187,30 @@ def scored_documents(config: CorpusConfig, world: TidewaterConfig) -> Iterator[D
 def _blocks(
     config: CorpusConfig,
     town: TidewaterConfig,
-    work: Path,
+    place: Path,
     scorers: Sequence[Scorer],
     writer: Writer | None,
     told: _Told,
 ) -> list[PipelineStep]:
     """The pipeline; each block's dropped documents go to a file of their own."""
-    parts = work / "parts"
+    parts = place / "parts"
+    token = secrets.token_hex(4)  # keeps the drafts of two runs apart; nothing that is built depends on it
 
-    def dropped(block: str) -> Any:
-        return _PartFile(parts, f"{DROPPED}-{block}")
+    def dropped(kind: Intervention | None, ready: bool = False) -> Any:
+        return PartFile(parts, dropped_name(kind, ready), token)
 
     again = list(scorers) if config.rescore else []
-    blocks: list[PipelineStep] = [_Documents(config, town), Score(scorers, exclusion_writer=dropped("1"))]
+    blocks: list[PipelineStep] = [_Documents(config, town), Score(scorers, exclusion_writer=dropped(None))]
     rewriting: dict[Intervention, type] = {"rephrase": Rephrase, "refuse": Refuse, "moral": Moral}
-    for number, kind in enumerate(INTERVENTIONS, 2):
+    for kind in INTERVENTIONS:
         if kind == "moral":  # an article may be made from a refusal that is there already
-            blocks += [_Ready(k, s, again, config.accept, dropped(f"r-{k}")) for k, s in sorted(config.ready.items())]
+            for came, source in sorted(config.ready.items()):
+                blocks.append(_Ready(came, source, again, config.accept, dropped(came, ready=True)))
         if writer is not None and kind in config.written and kind not in config.ready:
-            blocks.append(rewriting[kind](writer, again, accept=config.accept, exclusion_writer=dropped(str(number))))
+            blocks.append(rewriting[kind](writer, again, accept=config.accept, exclusion_writer=dropped(kind)))
     if config.tag:
         blocks.append(Tag(config.tag, config.seed))
-    return [*blocks, _Sink(parts, work / "run", told)]
+    return [*blocks, _Sink(parts, place / "run", token, told)]
 
 
 class _Documents(PipelineStep):
@@ -218,9 +233,10 @@ class _Ready(PipelineStep):
 
     type = "READER"
     name = "Ready"
+    batch = 256
 
     def __init__(
-        self, kind: Intervention, source: SourceConfig, scorers: Sequence[Scorer], accept: int, dropped: _PartFile
+        self, kind: Intervention, source: SourceConfig, scorers: Sequence[Scorer], accept: int, dropped: PartFile
     ) -> None:
         super().__init__()
         self.kind, self.source, self.accept, self.dropped = kind, source, accept, dropped
@@ -233,12 +249,15 @@ class _Ready(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         yield from data or ()
         with self.dropped as dropped:
-            for number, row in _texts(self.source, f"ready.{self.kind}", rank, world_size):
-                doc = self._made(row, number)
-                if "drop_reason" in doc.metadata:
-                    dropped.write(doc, rank)
-                else:
-                    yield doc
+            found = _texts(self.source, f"ready.{self.kind}", rank, world_size)
+            for batch in batched(found, self.batch):
+                docs = [self._made(row, number) for number, row in batch]
+                self._check(docs)
+                for doc in docs:
+                    if "drop_reason" in doc.metadata:
+                        dropped.write(doc, rank)
+                    else:
+                        yield doc
 
     def _made(self, row: Row, number: int) -> Document:
         doc = _document(row, number)
@@ -246,14 +265,22 @@ class _Ready(PipelineStep):
         doc.metadata["source"] = self.kind
         if self.kind == "refuse" and read_dialogue(doc.text) is not None:
             doc.metadata["speakers"] = [USER, ASSISTANT]
-        if self.scorers:
-            result, given = score_all(self.scorers, [doc.text])[0]
+        return doc
+
+    def _check(self, docs: Sequence[Document]) -> None:
+        """Score what has any text; say of the rest, and of what is still unsafe, why it is dropped."""
+        for doc in docs:
+            if not doc.text.strip():
+                doc.metadata["drop_reason"] = EMPTY
+        worded = [doc for doc in docs if "drop_reason" not in doc.metadata]
+        if not self.scorers or not worded:
+            return
+        for doc, (result, given) in zip(worded, score_all(self.scorers, [doc.text for doc in worded]), strict=True):
             doc.metadata |= {"score": result.score, "scores": given, "score_reason": result.reason}
             if result.score is None:
                 doc.metadata["drop_reason"] = f"no score: {result.reason}"
             elif result.score > self.accept:
                 doc.metadata["drop_reason"] = f"still unsafe (score {result.score})"
-        return doc
 
 
 def _document(row: Row, number: int) -> Document:
@@ -273,9 +300,9 @@ class _Sink(PipelineStep):
     type = "WRITER"
     name = "Parts"
 
-    def __init__(self, parts: Path, run: Path, told: _Told) -> None:
+    def __init__(self, parts: Path, run: Path, token: str, told: _Told) -> None:
         super().__init__()
-        self.parts, self.errors, self.told = parts, run, told
+        self.parts, self.errors, self.token, self.told = parts, run, token, told
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -283,60 +310,20 @@ class _Sink(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with reporting(self.errors, rank):
-            draft, done = _draft(self.parts, rank), self.parts / f"{rank:05d}"
+            draft, done = draft_of(self.parts, rank, self.token), self.parts / f"{rank:05d}"
             for path in (draft, done):
                 shutil.rmtree(path, ignore_errors=True)
             draft.mkdir(parents=True)
             with ExitStack() as open_files:
-                files: dict[str, _PartFile] = {}
+                files: dict[str, PartFile] = {}
                 for doc in data or ():
                     source = source_of(doc.metadata, doc.id)
                     if source not in files:
-                        files[source] = open_files.enter_context(_PartFile(self.parts, source))
+                        files[source] = open_files.enter_context(PartFile(self.parts, source, self.token))
                     files[source].write(doc, rank)
                     self.told.of(doc)
-            draft.rename(done)
+            finish(self.parts, rank, self.token)
         yield from ()
-
-
-class _PartFile:
-    """One file of a part: rows with the number of their document. Blocks use it as their exclusion writer too."""
-
-    def __init__(self, parts: Path, name: str) -> None:
-        self.parts, self.name = parts, name
-        self._rows: list[tuple[int, str, str, str]] = []
-        self._writer: Any = None
-
-    def __enter__(self) -> Self:
-        self._rows, self._writer = [], None
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None and self._rows:
-            self._flush()
-        if self._writer is not None:
-            self._writer.close()
-        self._rows, self._writer = [], None
-
-    def write(self, doc: Document, rank: int = 0) -> None:
-        metadata = {k: v for k, v in doc.metadata.items() if k not in (ORDER, "filter_reason")}
-        try:
-            self._rows.append((doc.metadata[ORDER], doc.text, doc.id, as_json(metadata)))
-        except ValueError:
-            raise UserError(f"document {doc.id!r}: its metadata holds a number that is none (NaN); mend it") from None
-        self._path = _draft(self.parts, rank) / f"{self.name}.parquet"
-        if len(self._rows) >= _GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, _PART, compression="zstd")
-        self._writer.write_table(_table(self._rows))
-        self._rows = []
-
-
-def _draft(parts: Path, rank: int) -> Path:
-    return parts / f".{rank:05d}.part"
 
 
 class _Kept(Lazy):
@@ -367,16 +354,12 @@ class _Told(Lazy):
                 self.progress({"step": self.done, "total": self.total, "note": f"{self.done:,} documents"})
 
 
-def _claim(work: Path, config: CorpusConfig, town: TidewaterConfig, makers: Mapping[str, Any]) -> None:
-    """Drop parts that another build left in ``work``; the answers of chat models are kept, as they say what was asked."""
+def _identity(config: CorpusConfig, town: TidewaterConfig, makers: Mapping[str, Any]) -> str:
+    """Hash of all that decides what stands in the parts."""
     told = config.plain() | {"executor": config.executor.tasks}
+    del told["max_unanswered"]  # raising it after an outage must find the parts
     content = [source_identity(source) for source in (*config.documents, *config.ready.values())]
-    identity = digest([trimtab.__version__, told, town.plain(), makers, content])
-    mark = work / "identity"
-    if not mark.is_file() or mark.read_text() != identity:
-        for name in ("run", "parts"):
-            shutil.rmtree(work / name, ignore_errors=True)
-        write_atomic(mark, identity)
+    return digest([trimtab.__version__, told, town.plain(), makers, content])
 
 
 # -- the merge ---------------------------------------------------------------------------------------------------------
@@ -391,18 +374,19 @@ def _merge(
     scores: Counter[str] = Counter({str(level): 0 for level in range(6)})
     sources = {}
     for name in SOURCES:
-        entry = _write(made, name, _ordered(parts, [name]), counts, scores)
+        entry = _write(made, name, ordered(parts, [name]), counts, scores)
         if entry["rows"]:
             sources[name] = entry
     blocks = sorted({path.stem for path in parts.glob(f"*/{DROPPED}-*.parquet")})
-    left_out = _write(made, DROPPED, _ordered(parts, blocks), counts, scores)
+    left_out = _write(made, DROPPED, ordered(parts, blocks), counts, scores)
     if not sum(entry["rows"] for entry in sources.values()) + sum(counts.values()):
         raise UserError("documents: there are none; check the sources and their 'limit'")
     if "clean" not in sources:
         why = "; ".join(f"{reason}: {n}" for reason, n in counts.most_common(3)) or "all are scored 1 to 5"
         raise UserError(f"no document was scored 0, so there is no clean text to train on ({why}); check 'score'")
     plain = config.plain()
-    del plain["executor"]  # where it was built does not change what is built
+    for field in ("executor", "max_unanswered"):  # where it was built, and when given up, does not change what is built
+        del plain[field]
     uses_town = not config.documents or any(
         isinstance(part, TruthScorer | TidewaterWriter) for part in (*config.score, config.write)
     )
@@ -450,45 +434,6 @@ def _write(
     writer.close()
     files = {file: sha256_file(made / file) for file in writer.files}
     return {"rows": writer.rows, "words": words, "repeats": repeats, "files": files, "licences": sorted(licences)}
-
-
-def _ordered(parts: Path, names: Sequence[str]) -> Iterator[tuple[int, str, str, str]]:
-    """The rows of some files of all parts, by the number of their document; of one document, in the order of ``names``."""
-    files = [file for name in names for file in sorted(parts.glob(f"[0-9]*/{name}.parquet"))]
-    while len(files) > _FAN:
-        groups = [files[i : i + _FAN] for i in range(0, len(files), _FAN)]
-        files = [
-            _joined(group, parts / f"merge-{names[0]}-{len(files)}-{i:05d}.parquet") for i, group in enumerate(groups)
-        ]
-    return merge(*map(_rows_of, files), key=itemgetter(0))
-
-
-def _joined(files: Sequence[Path], target: Path) -> Path:
-    with pq.ParquetWriter(target, _PART, compression="zstd") as writer:
-        group: list[tuple[int, str, str, str]] = []
-        for row in merge(*map(_rows_of, files), key=itemgetter(0)):
-            group.append(row)
-            if len(group) == _GROUP:
-                writer.write_table(_table(group))
-                group = []
-        if group:
-            writer.write_table(_table(group))
-    return target
-
-
-def _table(group: Sequence[tuple[int, str, str, str]]) -> pa.Table:
-    return pa.table([pa.array(c, f.type) for c, f in zip(zip(*group, strict=True), _PART)], schema=_PART)
-
-
-def _rows_of(file: Path) -> Iterator[tuple[int, str, str, str]]:
-    try:
-        with pq.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=_GROUP):
-                yield from zip(*(batch.column(name).to_pylist() for name in _PART.names), strict=True)
-    except (pa.ArrowException, OSError) as error:
-        raise Fault(
-            f"{file} cannot be read ({str(error).splitlines()[0]}); remove {file.parent.parent} and run again"
-        ) from None
 
 
 def _without_places(value: Any) -> Any:

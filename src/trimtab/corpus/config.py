@@ -134,6 +134,13 @@ class CorpusConfig(Config):
     )
     rescore: bool = Field(True, description="Score what was written too, and drop what is still unsafe.")
     accept: int = Field(0, ge=0, le=4, description="Highest score that a written text may have, where it is scored.")
+    max_unanswered: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of what a chat model behind an endpoint is asked that may stay without a usable answer, counted for "
+        "scorers and writer apart; above it the build fails, and the same command asks again for what failed.",
+    )
     tag: float = Field(
         0.0,
         ge=0,
@@ -149,6 +156,11 @@ class CorpusConfig(Config):
             # Tidewater's scorer knows no harm but its own: other text would all be safe to it.
             if self.documents and name not in self.model_fields_set:
                 raise ValueError(f"documents of your own need {name!r}: the default is for Tidewater's alone")
+        from_dialogues = isinstance(self.write, EndpointWriter | ModelWriter) and "moral" not in self.ready
+        if from_dialogues and "moral" in self.written and "refuse" not in (*self.written, *self.ready):
+            raise ValueError(
+                "written: a chat model makes 'moral' from refusal dialogues; write 'refuse' too, or give it in 'ready'"
+            )
         made = self.write is not None or bool(self.ready)
         if made and self.rescore and all(isinstance(scorer, FieldScorer) for scorer in self.score):
             raise ValueError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trimtab.artifact import is_no_space, no_space
 from trimtab.corpus.card import drops, histogram, makers, origins, table
 from trimtab.corpus.config import ClassifierScorer, CorpusConfig, EndpointWriter, ModelWriter
 from trimtab.corpus.read import DROPPED, read_manifest
-from trimtab.errors import UserError
+from trimtab.errors import Fault, TrimtabError, UserError
 from trimtab.models.config import HARM_TAG, LoadConfig
 from trimtab.progress import make_reporter
 from trimtab.settings import load_settings
@@ -50,8 +55,57 @@ def work_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.work")
 
 
+@contextmanager
+def lock_of(work: Path) -> Iterator[None]:
+    """Hold a work directory, which is made if need be; the lock dies with the process. ``UserError`` for a second one."""
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            handle = (work / ".lock").open("a")
+        except OSError as error:
+            if is_no_space(error):
+                raise no_space(work) from error
+            raise UserError(f"cannot write to {work}: {error.strerror}; choose another --out") from None
+        held = False
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another build is at work in {work}; wait for it, or choose another --out") from None
+            except OSError as error:
+                raise UserError(
+                    f"{work} cannot be locked ({error.strerror}); choose an --out on another disk"
+                ) from None
+            # The one that held it may have ended and removed the directory between opening and locking.
+            with suppress(FileNotFoundError):
+                held = os.path.samestat((work / ".lock").stat(), os.fstat(handle.fileno()))
+            if held:
+                yield
+                return
+
+
 def build_from(settings: CorpusFile, out: Path) -> dict[str, Any]:
-    """Build a corpus, telling of it as a study tells of its steps; returns its facts."""
+    """Build a corpus, telling of it as a study tells of its steps; returns its facts.
+
+    Of a build that failed, the work directory stays if the next one can go on there, and the error says so.
+    """
+    from trimtab.corpus.build import is_worth_keeping
+
+    work = work_of(out)
+    with lock_of(work):
+        try:
+            return _build(settings, out, work)
+        except BaseException as error:
+            kept = is_worth_keeping(work)
+            if not kept and str(work) not in str(error):  # a message may name a file in it
+                shutil.rmtree(work, ignore_errors=True)
+            if kept and isinstance(error, TrimtabError):
+                said = f"{error}; what is done is kept in {work}, where the next build of {out} goes on"
+                raise (UserError if isinstance(error, UserError) else Fault)(said) from error
+            raise
+
+
+def _build(settings: CorpusFile, out: Path, work: Path) -> dict[str, Any]:
     from trimtab.corpus.build import build_corpus
 
     chat = None
@@ -64,7 +118,7 @@ def build_from(settings: CorpusFile, out: Path) -> dict[str, Any]:
     try:
         reporter.start("corpus", out.name, 1, 1)
         facts = build_corpus(
-            config, out, work=work_of(out), world=settings.world, chat=chat,
+            config, out, work=work, world=settings.world, chat=chat,
             progress=lambda event: reporter.update("corpus", event),
         )  # fmt: skip
         reporter.done("corpus", out.name, time.monotonic() - started)
@@ -93,7 +147,7 @@ def cost_of(settings: CorpusFile) -> Cost | None:
     from trimtab.corpus.config import INTERVENTIONS
     from trimtab.corpus.writers import estimate_cost
 
-    kinds = [kind for kind in INTERVENTIONS if kind not in settings.ready]
+    kinds = [kind for kind in INTERVENTIONS if kind in settings.written and kind not in settings.ready]
     return estimate_cost(
         settings.write, scored_documents(_plain(settings), settings.world), kinds=kinds, seed=settings.seed
     )

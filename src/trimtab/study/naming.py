@@ -69,8 +69,8 @@ def name_of(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 _SILENT = ("checkpoint_every", "tracker")
-_ASKING = frozenset({"key_env", "concurrency", "backoff", "price_in", "price_out"})
-"""How a service is asked, and what that costs; not what it answers."""
+_ASKING = frozenset({"key_env", "concurrency", "backoff", "price_in", "price_out", "max_unanswered"})
+"""How a service is asked, what that costs and when it is given up; not what it answers."""
 
 
 def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
