@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from trimtab.report import format as fmt
@@ -18,8 +19,8 @@ from trimtab.report.view import Cell, Column, Family, Measure, View
 
 FIRST = ("risk_rate", "over_refusal_contrast_full", "over_refusal_benign_full", "accuracy")
 """Metrics that the grid has tables for, in this order; then those of models without answers."""
-WIDE = 12
-"""Columns at most of a table of models without answers."""
+WIDE = 10
+"""Columns at most of a table: more do not fit the page."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,20 @@ def grids(view: View) -> list[Grid]:
     for metric in FIRST:
         for group in (g for g in view.data.groups if metric in metrics_of(g)):
             places = [p for p in view.data.places if _any(view, metric, group, p.stage)]
-            if places:
-                found.append(_grid(view, metric, group, places))
+            found += [_grid(view, metric, group, some) for some in _fitting(places)]
     return found
+
+
+def _fitting(places: Sequence[Place]) -> list[list[Place]]:
+    """The places in tables of at most ``WIDE`` columns, the decoders of one model together."""
+    tables: list[list[Place]] = []
+    for _, same in groupby(places, key=lambda p: (p.panel, p.model)):
+        some = list(same)
+        if tables and len(tables[-1]) + len(some) <= WIDE:
+            tables[-1] += some
+        else:
+            tables.append(some)
+    return tables
 
 
 def models(view: View) -> list[Grid]:
@@ -187,11 +199,13 @@ def _span(ns: Sequence[int]) -> str:
 
 
 def steering(view: View) -> list[Grid]:
-    """A table for each group of hazards: arms down, model x decoder that SafeBeam is set against across."""
+    """A table for each group of hazards and each form of SafeBeam: arms down, model x decoder that it is set against
+    across."""
     found = []
     rows = view.data.steering
-    for group in dict.fromkeys(r["group"] for r in rows):
-        mine = {(r["arm"], r["model"], r["from"], r["panel"]): r for r in rows if r["group"] == group}
+    for group, beam in dict.fromkeys((r["group"], r["decoder"]) for r in rows):
+        here = [r for r in rows if (r["group"], r["decoder"]) == (group, beam)]
+        mine = {(r["arm"], r["model"], r["from"], r["panel"]): r for r in here}
         columns = list(dict.fromkeys((panel, model, start) for _, model, start, panel in mine))
         order = list(dict.fromkeys(p.model for p in view.data.places))
         columns.sort(key=lambda c: order.index(c[1]) if c[1] in order else len(order))
@@ -207,8 +221,8 @@ def steering(view: View) -> list[Grid]:
         places = [Place(f"{panel}{model}{start}", panel, model, f"less {start}") for panel, model, start in columns]
         heads, names = _heads(places)
         ns = [_span([r["n"] for key, r in mine.items() if key[1:] == (m, s, p)]) for p, m, s in columns]
-        note = "points; below zero: SafeBeam lowers it; in bold: the interval is clear of zero"
-        title = f"SafeBeam's change of the {view.label('risk_rate')} · {group}"
+        note = "points; below zero: it lowers it; in bold: the interval is clear of zero"
+        title = f"Change of the {view.label('risk_rate')} by {beam} · {group}"
         several = len(sections) > 1
         found.append(
             Grid(title, note, heads, list(zip(names, ns)), sections if several else _bare(sections), "risk_rate")
