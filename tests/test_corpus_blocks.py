@@ -405,7 +405,7 @@ def shown(body: dict[str, Any]) -> str:
 
 
 def writing(url: str, work: Path | None = None, seed: int = 0, **settings: Any) -> ChatWriter:
-    endpoint = {"url": url, "model": "writer", "timeout": 0.5, "retries": 0, "concurrency": 2}
+    endpoint = {"url": url, "model": "writer", "timeout": 2.0, "retries": 0, "concurrency": 2}
     config = EndpointWriter.model_validate({"kind": "endpoint", "endpoint": endpoint, **settings})
     writer = make_writer(config, world=WORLD, seed=seed, work=work)
     assert isinstance(writer, ChatWriter)
@@ -458,7 +458,7 @@ def test_styles_are_drawn_per_document() -> None:
         ("refuse", "User: a\nAssistant: no", "too short"),
         ("rephrase", {"choices": [{"index": 0, "message": {"content": TALE}, "finish_reason": "length"}]},
          "cut off at max_tokens"),
-        ("rephrase", Reply(delay=1.0), "endpoint: timeout"),
+        ("rephrase", Reply(delay=6.0), "endpoint: timeout"),
         ("rephrase", Reply(status=500), "endpoint: http 500"),
         ("rephrase", Reply({"choices": []}), "endpoint: wrong shape"),
     ],
@@ -477,7 +477,7 @@ def test_a_long_document_is_shown_in_part() -> None:
 
 
 def test_a_killed_run_asks_nothing_twice(tmp_path: Path) -> None:
-    docs = [raw(2, id=f"d{i}-", text=f"{PLAIN} number {i}") for i in range(12)]
+    docs = [raw(2, id=f"d{i}-", text=f"{PLAIN} number {i}") for i in range(40)]
     with FakeEndpoint(lambda body: f"{TALE} {shown(body)[-10:]}") as fake:
         whole = [w.text for w in writing(fake.url).write("rephrase", docs)]
         fake.seen.clear()
@@ -485,13 +485,13 @@ def test_a_killed_run_asks_nothing_twice(tmp_path: Path) -> None:
         got = [next(first).text for _ in range(5)]
         first.close()  # type: ignore[attr-defined]
         kept = len(Answers(tmp_path))
-        assert 5 <= kept < 12 and got == whole[:5]
+        assert 5 <= kept < 40 and got == whole[:5]
         # A crash in the middle of a line: that answer is asked again, the others are not.
         (path,) = tmp_path.glob("answers-*.jsonl")
         path.write_bytes(path.read_bytes()[:-20])
         fake.seen.clear()
         assert [w.text for w in writing(fake.url, tmp_path).write("rephrase", docs)] == whole
-        assert len(fake.seen) == 12 - (kept - 1)
+        assert len(fake.seen) == 40 - (kept - 1)
         fake.seen.clear()
         assert [w.text for w in writing(fake.url, tmp_path).write("rephrase", docs)] == whole and not fake.seen
         list(writing(fake.url, tmp_path, seed=1).write("rephrase", docs[:3]))
