@@ -202,6 +202,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_files(directory: Path) -> dict[str, str]:
+    """Path below ``directory`` -> sha256, for every file of a model directory but cards (.md) and hidden ones."""
+    return {
+        path.relative_to(directory).as_posix(): sha256_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.suffix != ".md" and not path.relative_to(directory).parts[0].startswith(".")
+    }
+
+
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trimtab.artifact import sha256_file
+from trimtab.artifact import model_files
 from trimtab.corpus.config import ClassifierScorer
 from trimtab.corpus.lazy import Lazy
 from trimtab.corpus.scorers import Scored, highest
@@ -159,9 +159,4 @@ def _content(directory: Path) -> str:
     """Digest of a model directory's files, cards and hidden ones left out."""
     if not (directory / "config.json").is_file():
         raise UserError(f"score: no config.json in {directory}; it is not a model directory in Hub layout")
-    files = {
-        path.relative_to(directory).as_posix(): sha256_file(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.suffix != ".md" and not path.relative_to(directory).parts[0].startswith(".")
-    }
-    return digest(files)
+    return digest(model_files(directory))

@@ -21,15 +21,14 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.packaged import Wheel, packaged_files
-from trimtab.data.promptsets import MORE_CARDS
-from trimtab.data.setcard import PromptSet
+from trimtab.data.packaged import Wheel
+from trimtab.data.promptsets import MORE_CARDS, Card
 from trimtab.types import Row
 
 LIMIT = 4000
@@ -39,34 +38,23 @@ SHORTEST = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextCard(PromptSet):
-    """A set of documents that is one or more files of a pinned wheel; ``read`` makes rows of them.
+class TextCard(Card):
+    """A set of documents that is one or more files of a pinned wheel.
 
     licence    that of the text, which need not be the wheel's
     megabytes  millions of characters that the set's documents have together
     """
 
-    wheel: Wheel
-    members: tuple[str, ...]
     megabytes: float
-    read: Callable[[Sequence[Path]], Iterator[Row]]
 
     def found(self) -> Iterator[Row]:
         """The documents; see the module for their metadata."""
-        for row in self.read(packaged_files(self.wheel, self.members)):
+        for row in super().found():
             yield replace(row, metadata={**row.metadata, "origin": self.origin, "licence": self.licence})
 
     @property
     def pins(self) -> dict[str, Any]:
-        return {"wheel": self.wheel.sha256, "members": self.members, "limit": [SHORTEST, LIMIT]}
-
-    @property
-    def origin(self) -> str:
-        return self.wheel.requirement
-
-    @property
-    def revision(self) -> str:
-        return self.wheel.sha256
+        return {**super().pins, "limit": [SHORTEST, LIMIT]}
 
 
 def pieces(parts: Sequence[str], joiner: str, limit: int = LIMIT) -> list[str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.artifact import sha256_file
+from trimtab.artifact import model_files
 from trimtab.errors import Fault, UserError
 from trimtab.models.config import SMOLLM2, LoadConfig
 from trimtab.models.smollm2 import content_identity, smollm2_directory
@@ -79,12 +79,7 @@ def identity(model: LoadConfig | str | Path) -> str:
     where = _local(config)
     if where is None:
         return digest({"hub": f"{config.load}@{config.revision or 'main'}"})
-    files = {
-        str(path.relative_to(where)): sha256_file(path)
-        for path in sorted(where.rglob("*"))
-        if path.is_file() and path.suffix != ".md" and not path.relative_to(where).parts[0].startswith(".")
-    }
-    return digest({"files": files})
+    return digest({"files": model_files(where)})
 
 
 def separate_pad(model: Any, tokenizer: Any) -> None:

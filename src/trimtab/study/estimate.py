@@ -129,3 +129,22 @@ class Speeds:
 
     def total(self, steps: Iterable[Step]) -> float:
         return sum(self.seconds(step) for step in steps)
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23M; 0 -> -."""
+    if not value:
+        return "-"
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15; over an hour h:mm:ss; over four days in days."""
+    if seconds >= 4 * 86400:
+        return f"{seconds / 86400:,.0f} days"
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -18,6 +18,7 @@ from rich.table import Table
 from trimtab.data.mixture import Mixture, Phase
 from trimtab.errors import UserError
 from trimtab.levers.timing import TimingConfig, phases, ramps
+from trimtab.study.estimate import count
 from trimtab.types import Row
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.documents import Scribe
@@ -117,23 +118,23 @@ def check_exposure(
     needed: dict[str, int] = {}
     for part in exposure(config, rows, length, tokens):
         needed[part.source] = needed.get(part.source, 0) + part.rows
-    for name, count in needed.items():
+    for name, read in needed.items():
         if name not in having:
             cure = "set 'tag' of the corpus stage" if name == "tagged" else "change the corpus or the timing"
             raise UserError(
                 f"{where}: the curriculum reads source {name!r}, of which the corpus has no text (it has {known}); {cure}"
             )
-        if not count:
+        if not read:
             raise UserError(
                 f"{where}: source {name!r} has a weight, but in a budget of {rows * length:,} tokens it comes to less than one "
                 f"row of {length}; raise its share or the budget, or set it to 0"
             )
         have, most = having[name], config.repeats.get(name)
-        if most is not None and count > most * _store_rows(have, length) * (1 if exact else _SLACK):
+        if most is not None and read > most * _store_rows(have, length) * (1 if exact else _SLACK):
             about = "" if exact else "about "
             raise UserError(
-                f"{where}: source {name!r} runs dry: the curriculum reads {count * length:,} tokens of it, the corpus has "
-                f"{about}{have:,}, which makes {about}{count / _store_rows(have, length):.3g} passes, and repeats.{name} "
+                f"{where}: source {name!r} runs dry: the curriculum reads {read * length:,} tokens of it, the corpus has "
+                f"{about}{have:,}, which makes {about}{read / _store_rows(have, length):.3g} passes, and repeats.{name} "
                 f"allows {most:g}; raise it, lower the source's share or the budget, or give more such text"
             )
 
@@ -158,8 +159,6 @@ def print_exposure(parts: Sequence[Exposure], console: Console, *, title: str = 
     A phase begins where the line before ends; a ramp is one line. The last lines add up each source, and set its passes
     beside the most that are allowed.
     """
-    from trimtab.study.show import count  # it imports this file
-
     about = "" if exact else "about "
     names = list(dict.fromkeys(part.source for part in parts))
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)

@@ -15,7 +15,7 @@ from trimtab.errors import UserError
 from trimtab.levers.timing import phases
 from trimtab.seeds import digest
 from trimtab.study.curricula import Curriculum, Sizes
-from trimtab.study.estimate import Speeds
+from trimtab.study.estimate import Speeds, clock, count
 from trimtab.study.execute import check_curricula, known_sizes
 from trimtab.study.exposure import exposure, print_exposure
 from trimtab.study.plan import Plan, Step
@@ -127,22 +127,3 @@ def print_world(kind: str, n: int, seed: int, mode: str) -> None:
             f"[bold]{row.harm}[/bold]  [dim]{escape(row.id)}[/dim]\n  > {escape(row.messages[-1]['content'])}"
         )
         console.print(f"  {escape(answer)}\n  [dim]{verdict.verdict}, refusal {verdict.refusal}[/dim]", end="\n\n")
-
-
-def count(value: float) -> str:
-    """1234567 -> 1.23M; 0 -> -."""
-    if not value:
-        return "-"
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15; over an hour h:mm:ss; over four days in days."""
-    if seconds >= 4 * 86400:
-        return f"{seconds / 86400:,.0f} days"
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
