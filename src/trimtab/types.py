@@ -44,7 +44,8 @@ class Row:
     """One example, prompt or document: exactly one of ``messages`` and ``text`` is set.
 
     harm      class of the request under ``policy``: benign, harmful, or contrast (safe, but sharing words with harmful)
-    prefix    the opening of the last assistant message (its content starts with it), if it has one
+    prefix    the opening that a training row was given, if it has one; ``prefix_at``: whether the last assistant message opens
+              with it (response, and None) or the last user message before that (input)
     category  topic within the source (recipe, fact, hazard, chemical_biological, ...)
     metadata  everything else, JSON-ready
     """
@@ -58,6 +59,7 @@ class Row:
     category: str | None = None
     harm: Harm | None = None
     prefix: str | None = None
+    prefix_at: Literal["response", "input"] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
