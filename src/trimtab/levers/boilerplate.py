@@ -40,8 +40,9 @@ _THING = _any(
 ) + "s?"  # fmt: skip
 _YES = _any(
     "sure(?: thing)?", "certainly", "of course", "absolutely", "definitely", "gladly", "no problem", "ok(?:ay)?", "alright",
-    "all right", "yes", "right", "great", "well",
+    "all right",
 )  # fmt: skip
+_AGREED = _any(_YES, "yes", "right", "great", "well")  # of themselves these may be the answer
 _SHOWN = _any(r"here(?:'s|’s| is| are)", "below (?:is|are)", "the following (?:is|are)", "this is", "what follows is")
 _HERE = rf"{_SHOWN}\b{_REST}\b{_THING}\b{_REST}"
 _WILLING = (
@@ -61,7 +62,13 @@ _THANKS = rf"(?:thanks?(?: you)?(?: so much)? for {_REST}|(?:(?:that'?s |what )?
 _STEPS = r"(?:(?:let'?s think )?step[- ]by[- ]step|first(?:ly)?|to begin(?: with)?|before (?:i|we) answer)"
 _RULES = re.compile(
     _any(
-        rf"{_YES}(?:[,!. ]+{_any(_HERE, _WILLING, _LET)})?", _HERE, _WILLING, _LET, _THANKS, rf"{_STEPS}(?:,? {_LET})?"
+        _YES,
+        rf"{_AGREED}[,!. ]+{_any(_HERE, _WILLING, _LET)}",
+        _HERE,
+        _WILLING,
+        _LET,
+        _THANKS,
+        rf"{_STEPS}(?:,? {_LET})?",
     )
     + r"[.!?:…,]*[*_\"')]*",
     re.IGNORECASE,
