@@ -310,6 +310,23 @@ def bin_examples(
     return Bins(row_of, rows, dict(counts))
 
 
+def offsets(examples: Examples, bins: Bins) -> NDArray[np.int64]:
+    """int64[E]: where each example begins in its row; 0 for one that is left out."""
+    kept = _in_rows(bins)
+    sizes, row = examples.sizes[kept], bins.row[kept]
+    before = np.cumsum(sizes) - sizes
+    first = np.concatenate([[True], row[1:] != row[:-1]])
+    found = np.zeros(len(examples), np.int64)
+    found[kept] = before - np.maximum.accumulate(np.where(first, before, 0))  # tokens of the same row before it
+    return found
+
+
+def _in_rows(bins: Bins) -> NDArray[np.int64]:
+    """The examples that have a row, row by row, in the order given."""
+    kept = np.flatnonzero(bins.row >= 0)
+    return kept[np.argsort(bins.row[kept], kind="stable")]
+
+
 def fill_rows(
     examples: Examples, bins: Bins, length: int, source_ids: NDArray[np.int16] | None = None, *, pad_id: int = 0
 ) -> Packed:
@@ -317,13 +334,10 @@ def fill_rows(
 
     source_ids  int16[E], one per example (default: all 0)
     """
-    kept = np.flatnonzero(bins.row >= 0)
-    kept = kept[np.argsort(bins.row[kept], kind="stable")]
+    kept = _in_rows(bins)
     chosen = examples.take(kept)
-    sizes, row = chosen.sizes, bins.row[kept]
-    before = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    first = np.concatenate([[True], row[1:] != row[:-1]])
-    offset = before - np.maximum.accumulate(np.where(first, before, 0))  # tokens of the same row before it
+    sizes, row, offset = chosen.sizes, bins.row[kept], offsets(examples, bins)[kept]
+    before = np.cumsum(sizes) - sizes
     assert len(sizes) and int((offset + sizes).max()) <= length, "an example is longer than what was reserved for it"
     at = _spread(row * length + offset, sizes)
     total = bins.rows * length

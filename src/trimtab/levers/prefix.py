@@ -235,7 +235,7 @@ def carried(ids: Sequence[str], able: NDArray[np.bool_], config: PrefixConfig, s
     bernoulli: each able row alone, with probability ``ratio``; exact: ``round(ratio * able.sum())`` of them (half to even). Both
     take the rows of least rank, so a smaller ratio's are among a larger one's.
     """
-    rank = np.array([uniform_of("prefix", seed, id) for id in ids])
+    rank = np.array([uniform_of("prefix", seed, id) for id in ids], float)
     if config.draw == "bernoulli":
         return able & (rank < config.ratio)
     order = np.flatnonzero(able)[np.argsort(rank[able], kind="stable")]

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from trimtab.artifact import read_jsonl
 from trimtab.data import sources
 from trimtab.data.render import Renderer
 from trimtab.data.sources import SourceConfig
@@ -29,7 +28,7 @@ from trimtab.levers.boilerplate import strip_rows
 from trimtab.levers.prefix import PrefixConfig, apply_prefix, trained_with_prefix
 from trimtab.models.load import load_tokenizer
 from trimtab.study.execute import STUDY, study_store
-from trimtab.study.steps.chat import EXAMPLES
+from trimtab.study.steps.chat import PLACES, read_rows
 from trimtab.types import IGNORE, SPANS, Row
 
 STYLES: dict[str, str] = {
@@ -73,23 +72,22 @@ def study_rows(directory: Path, arm: str | None, stage: str | None) -> Iterator[
     packed = store.open("packed", step["inputs"]["packed"])
     tokenizer = load_tokenizer(store.open("sft", trained[name]).path / "model")
     rows = RowStore.open(packed.path / "store")
-    examples = list(read_jsonl(packed.path / EXAMPLES))
-    for number, one in enumerate(examples, 1):
-        batch = rows.take(np.array([one["row"]]))
-        part = slice(one["at"], one["at"] + one["size"])
-        source = rows.sources[int(batch.source_id[0, one["at"]])]
+    chats = read_rows(store.open("chats", study["steps"][step["inputs"]["packed"]]["inputs"]["chats"]))
+    places = dict(np.load(packed.path / PLACES))
+    order = np.flatnonzero(places["row"] >= 0)
+    order = order[np.argsort(places["row"][order], kind="stable")].tolist()
+    for number, index in enumerate(order, 1):
+        row, at, size = (int(places[key][index]) for key in ("row", "at", "size"))
+        batch = rows.take(np.array([row]))
+        part = slice(at, at + size)
+        source = rows.sources[int(batch.source_id[0, at])]
+        base, sentence = chats[index]
         about = (
-            f"{arms[0]['label']}, stage {name}, part {source}; example {number} of {len(examples)}, packed row {one['row']}; "
-            + (f"opens with {one['prefix']!r}" if one["prefix"] else "no prefix")
+            f"{arms[0]['label']}, stage {name}, part {source}; example {number} of {len(order)}, packed row {row}; "
+            + (f"opens with {sentence!r}" if places["carry"][index] else "no prefix")
         )
-        yield _shown(
-            one["id"],
-            about,
-            tokenizer,
-            batch.input_ids[0, part],
-            batch.span_id[0, part],
-            batch.labels[0, part] != IGNORE,
-        )
+        ids, span, trained = batch.input_ids[0, part], batch.span_id[0, part], batch.labels[0, part] != IGNORE
+        yield _shown(base.id, about, tokenizer, ids, span, trained)
 
 
 def source_rows(source: SourceConfig, model: str, prefix: PrefixConfig, seed: int) -> Iterator[ShownRow]:

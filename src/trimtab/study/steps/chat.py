@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from trimtab.artifact import Artifact, read_jsonl, write_jsonl
 from trimtab.data import sources
-from trimtab.data.pack import Bins, Examples, bin_examples, fill_rows
+from trimtab.data.pack import Bins, Examples, bin_examples, fill_rows, offsets
 from trimtab.data.render import Rendered, Renderer
 from trimtab.data.store import RowStore
 from trimtab.errors import UserError
@@ -45,7 +45,8 @@ from trimtab.world.tidewater import Tidewater
 FORMS = "forms.npz"
 """Both forms of every example, as flat arrays, and the row that it goes into."""
 ROWS = "rows.jsonl"
-EXAMPLES = "examples.jsonl"
+PLACES = "places.npz"
+"""Of every example: its packed row (-1: left out), first token, number of tokens, and whether it carries its sentence."""
 
 
 def run_chats(context: Context) -> None:
@@ -77,10 +78,13 @@ def run_chats(context: Context) -> None:
     reserved[able] = np.maximum(reserved[able], after.sizes)
     bins = bin_examples(reserved, config["length"], learns=before.learns())
     names = [part["name"] for part in config["data"]]
+    kinds = list(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
     np.savez(
         context.draft.path / FORMS,
         row=bins.row,
         able=able,
+        id=np.array([row.id for row in rows], np.str_),
+        sentence=np.array([-1 if s is None else kinds.index(s) for s in sentences], np.int16),
         source=np.array([names.index(row.metadata["part"]) for row in rows], np.int16),
         **{f"{form}_{name}": getattr(examples, name) for form, examples in (("plain", before), ("opened", after))
            for name in ("ids", "trained", "span", "ends")},
@@ -91,6 +95,7 @@ def run_chats(context: Context) -> None:
         "rows": len(rows),
         "base": base_hash(rows),
         "able": int(able.sum()),
+        "kinds": kinds,
         "tokenizer": tokenizer_hash(tokenizer),
         "vocab": len(tokenizer),
         "pad": tokenizer.pad_token_id,
@@ -103,16 +108,15 @@ def run_chats(context: Context) -> None:
 
 
 def run_packed(context: Context) -> None:
-    """Write ``store/`` (packed rows at one ratio) and ``examples.jsonl`` (which example lies where, and what it opens with)."""
+    """Write ``store/`` (packed rows at one ratio) and ``places.npz`` (which example lies where, and whether it is opened)."""
     chats = context.inputs["chats"]
     facts, asked = chats.manifest["facts"], chats.manifest["config"]
-    rows = list(read_rows(chats))
     forms = dict(np.load(chats.path / FORMS))
     prefix = PrefixConfig.restored(asked["prefix"], context.step.config["prefix"])
     able = forms["able"]
-    carry = np.zeros(len(rows), bool)
+    carry = np.zeros(len(able), bool)
     if prefix is not None:
-        carry = carried([row.id for row, _ in rows], able, prefix, asked["seed"])
+        carry = carried(forms["id"].tolist(), able, prefix, asked["seed"])
     examples = _chosen(forms, able, carry, prefix)
     bins = Bins(forms["row"], facts["packed_rows"], facts["packing"])
     names = [part["name"] for part in asked["data"]]
@@ -125,18 +129,16 @@ def run_packed(context: Context) -> None:
         tokenizer=facts["tokenizer"],
         meta={"controls": facts["controls"], "base": facts["base"]},
     )
-    write_jsonl(context.draft.path / EXAMPLES, iter(_places(rows, bins, examples, carry)))
-    kept = bins.row >= 0
+    np.savez(context.draft.path / PLACES, row=bins.row, at=offsets(examples, bins), size=examples.sizes, carry=carry)
+    drawn = forms["sentence"][carry & (bins.row >= 0)]
     context.draft.facts = {
-        "rows": len(rows),
+        "rows": len(able),
         "base": facts["base"],
         "tokens": store.meta["tokens"],
         "trained_tokens": store.meta["trained_tokens"],
         "packing": dict(packed.counts),
-        "prefixed": int((carry & kept).sum()),
-        "sentences": dict(
-            Counter(sentence for (_, sentence), c in zip(rows, carry & kept, strict=True) if c and sentence)
-        ),
+        "prefixed": len(drawn),
+        "sentences": {facts["kinds"][number]: n for number, n in sorted(Counter(drawn.tolist()).items())},
         "modes": facts["modes"],
         "left_out_modes": facts["left_out_modes"],
         "stripped": facts.get("stripped"),
@@ -206,25 +208,6 @@ def _chosen(
     which = np.arange(len(plain), dtype=np.int64)
     which[carry] = len(plain) + (np.cumsum(able) - 1)[carry]
     return both.take(which)
-
-
-def _places(
-    rows: list[tuple[Row, str | None]], bins: Bins, examples: Examples, carry: NDArray[np.bool_]
-) -> list[dict[str, Any]]:
-    """Where each example lies: packed row, first token, number of tokens; in the order in which they lie."""
-    used: Counter[int] = Counter()
-    found = []
-    for index in np.argsort(bins.row, kind="stable").tolist():
-        at = int(bins.row[index])
-        if at < 0:
-            continue
-        size = int(examples.sizes[index])
-        row, sentence = rows[index]
-        found.append(
-            {"row": at, "at": used[at], "size": size, "id": row.id, "prefix": sentence if carry[index] else None}
-        )
-        used[at] += size
-    return found
 
 
 def _sentence_tokens(renderer: Renderer, prefix: PrefixConfig, length: int, stage: str) -> dict[str, int]:
