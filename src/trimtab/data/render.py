@@ -24,7 +24,18 @@ import numpy as np
 from trimtab.data.encode import TextEncoder
 from trimtab.data.layout import ROLE_ID, Layout, Piece, Place, Plan, make_piece
 from trimtab.data.skeleton import FieldKey, Shape, as_messages, shape_of
-from trimtab.data.thinking import CLOSE, Block, Thinking, never_ends, opens, prefix_place, split_block, unopened
+from trimtab.data.thinking import (
+    CLOSE,
+    OPEN,
+    OPENING,
+    Block,
+    Thinking,
+    never_ends,
+    opens,
+    prefix_place,
+    split_block,
+    unopened,
+)
 from trimtab.errors import UserError
 from trimtab.types import IGNORE, ROLES, SPAN_ID, Message, PrefixAt, Row
 
@@ -165,6 +176,16 @@ class Renderer:
         # The first token that ends behind the character; accumulated, since bytes of one character share their offsets.
         ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
         return np.insert(np.array(ids, np.int32), np.unique(np.searchsorted(ends, np.array(tags), "right")), tag_id)
+
+    def opening(self, prefill: str | None = None) -> str:
+        """What stands before the words that are generated and tells them to be reasoning: the opening mark where the
+        generation prompt, or ``prefill``, has opened a block that has not ended; else nothing."""
+        opened = never_ends(prefill or "")
+        if self.thinking is not None and self.thinking.prompted:
+            opened = split_block(prefill or "") is None
+        elif self.thinking is None and OPEN in self._layout.prompt:
+            opened = CLOSE not in self._layout.prompt.rpartition(OPEN)[2]
+        return OPENING if opened else ""
 
     def row(self, row: Row, *, controls: Sequence[str] = (), **kw: Any) -> Rendered:
         """A chat row (its ``prefix`` and ``prefix_at`` are used) or a text row; errors name the row. ``kw`` as for ``chat``."""

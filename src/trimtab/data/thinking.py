@@ -81,6 +81,16 @@ def begun(prefill: str, text: str) -> str:
     return f"{OPENING}{unopened(prefill)}{unopened(text)}"
 
 
+def left_out(prefill: str, text: str) -> tuple[str, str] | None:
+    """``prefill`` and ``text`` without the reasoning, wherever in them it begins and ends; None where it never ends."""
+    if not opens(text) and not opens(prefill):
+        return prefill, text
+    if (kept := without_reasoning(prefill)) is not None and not opens(text):
+        return kept, text  # the opening held the whole block
+    answer = without_reasoning(begun(prefill, text))
+    return None if answer is None else ("", answer)
+
+
 def prefix_place(content: str, prefix: str) -> tuple[int, int] | None:
     """[start, end) of an answer's prefix: at the start of the content, of its reasoning, or of the answer after it,
     white space before the latter two left out; the first that fits, or None."""
