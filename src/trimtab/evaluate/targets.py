@@ -19,7 +19,7 @@ from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
 from trimtab.generate.config import Sampling
 from trimtab.levers.modes import control_name
-from trimtab.models.config import SMOLLM2, LoadConfig
+from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row
 from trimtab.world.tidewater import Tidewater
@@ -341,13 +341,13 @@ def _name(directory: Path) -> str:
 
 
 def open_local(config: LoadConfig, engine: EngineName = "transformers") -> LocalTarget:
-    """Open a bundle, a Hub-layout directory, a Hub id or the packaged SmolLM2; a bundle is verified first."""
+    """Open a bundle, a Hub-layout directory, a Hub id or a named model (``models.config.NAMED``); a bundle is verified first."""
     from trimtab.models.bundle import MANIFEST, verify_bundle
     from trimtab.models.load import best_device, identity, load
 
     directory = Path(config.load).expanduser()
     manifest = None
-    if config.load != SMOLLM2 and (directory / MANIFEST).is_file():
+    if config.load not in NAMED and (directory / MANIFEST).is_file():
         manifest = verify_bundle(directory)
     own, where = identity(config), None
     if engine == "vllm":
