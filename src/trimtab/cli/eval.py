@@ -29,7 +29,8 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Argument(
                 metavar="MODEL",
-                help="A bundle, a model directory, a Hub id, smollm2-135m-instruct, r1-stand-in, or (with --url) a name at an endpoint.",
+                help="A bundle, a model directory, a Hub id, smollm2-135m-instruct, r1-stand-in, or (with --url) a name at an "
+                "endpoint.",
             ),
         ],
         panel: Annotated[
