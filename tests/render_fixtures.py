@@ -58,6 +58,23 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+# As R1-style models have them: no reasoning in the history, and a prompt that opens the block (or, in older ones, not).
+R1 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{% set said = m['content'] %}"
+    "{% if '</think>' in said %}{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|Assistant|>' + said + eos_token }}"
+    "{% else %}{{ '<|Tool|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+R1_UNOPENED = R1.replace("<|Assistant|><think>\n", "<|Assistant|>")
+# As QwQ: the last answer is left whole.
+CUTS_EARLIER = CHATML.replace(
+    "m['content'] +",
+    "(m['content'] if loop.last or m['role'] != 'assistant' else m['content'].split('</think>')[-1].lstrip('\n')) +",
+).replace("assistant\n'", "assistant\n<think>\n'")
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "qwen": QWEN, "gemma": GEMMA}
 # A template that shows the name field, and one that glues fields into what looks like a marker.
 NAMED = CHATML.replace(
@@ -127,6 +144,17 @@ def qwen_tokenizer(controls: int = 0) -> Any:
         plain=("<think>", "</think>", "<tool_response>", "</tool_response>"),
         eos_token="<|im_end|>",
         chat_template=QWEN,
+    )
+
+
+def r1_tokenizer(controls: int = 0, template: str = R1) -> Any:
+    return byte_level(
+        ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"],
+        controls=controls,
+        plain=("<|User|>", "<|Assistant|>", "<|Tool|>", "<think>", "</think>"),
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        chat_template=template,
     )
 
 

@@ -15,6 +15,7 @@ from trimtab.seeds import digest
 
 Role = Literal["system", "user", "assistant", "tool"]
 Harm = Literal["benign", "harmful", "contrast"]
+PrefixAt = Literal["response", "input"]
 Refusal = Literal["full", "partial", "none"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 HARMS: tuple[Harm, ...] = ("benign", "harmful", "contrast")
@@ -44,8 +45,9 @@ class Row:
     """One example, prompt or document: exactly one of ``messages`` and ``text`` is set.
 
     harm      class of the request under ``policy``: benign, harmful, or contrast (safe, but sharing words with harmful)
-    prefix    the opening that a training row was given, if it has one; ``prefix_at``: whether the last assistant message opens
-              with it (response, and None) or the last user message before that (input)
+    prefix    the opening of the last assistant message (its content starts with it, or its reasoning, or the answer after
+              that), or with ``prefix_at="input"`` of the last user message before it
+    prefix_at where the prefix is; None means "response"
     category  topic within the source (recipe, fact, hazard, chemical_biological, ...)
     metadata  everything else, JSON-ready
     """
@@ -59,12 +61,14 @@ class Row:
     category: str | None = None
     harm: Harm | None = None
     prefix: str | None = None
-    prefix_at: Literal["response", "input"] | None = None
+    prefix_at: PrefixAt | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
             raise UserError(f"row {self.id!r}: exactly one of 'messages' and 'text' must be set")
+        if self.prefix_at not in (None, "response", "input"):
+            raise UserError(f"row {self.id!r}: prefix_at={self.prefix_at!r} must be 'response' or 'input'")
 
     def hash(self) -> str:
         """Content hash (hex): changes when anything the model can see or a judge uses changes."""

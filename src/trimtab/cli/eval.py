@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from trimtab.cli.options import JudgeKey, JudgeModel, JudgeName, JudgeUrl, RunCode, judge_config, listed, print_figures
+from trimtab.cli.options import (
+    JudgeKey,
+    JudgeModel,
+    JudgeName,
+    JudgeUrl,
+    LeaveReasoning,
+    RunCode,
+    judge_config,
+    listed,
+    print_figures,
+)
 from trimtab.errors import UserError
 
 
@@ -19,7 +29,8 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Argument(
                 metavar="MODEL",
-                help="A bundle, a model directory, a Hub id, smollm2-135m-instruct, or (with --url) a name at an endpoint.",
+                help="A bundle, a model directory, a Hub id, smollm2-135m-instruct, r1-stand-in, or (with --url) a name at an "
+                "endpoint.",
             ),
         ],
         panel: Annotated[
@@ -52,6 +63,7 @@ def register(app: typer.Typer) -> None:
         judge_model: JudgeModel = None,
         judge_key_env: JudgeKey = None,
         run_code: RunCode = False,
+        leave_reasoning_out: LeaveReasoning = False,
         config: Annotated[
             Path | None, typer.Option(metavar="FILE", help="Settings of the evaluation (.yaml); options change them.")
         ] = None,
@@ -97,7 +109,7 @@ def register(app: typer.Typer) -> None:
         }  # fmt: skip
         settings = [f"{key}={_yaml(value)}" for key, value in given.items() if value is not None]
         wanted = load_settings(config, [*_defaults(config), *settings, *(set_ or ())], EvalConfig, "evaluation")
-        chosen = judge_config(judge, judge_url, judge_model, judge_key_env, run_code, wanted.judge)
+        chosen = judge_config(judge, judge_url, judge_model, judge_key_env, run_code, leave_reasoning_out, wanted.judge)
         wanted = wanted.model_copy(update={"judge": chosen})
         endpoint = {"key_env": key_env, "timeout": timeout, "concurrency": concurrency}
         if url is None and (endpoint_prefill or any(value is not None for value in endpoint.values())):

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.options import JudgeKey, JudgeModel, JudgeName, JudgeUrl, RunCode, judge_config, print_figures
+from trimtab.cli.options import (
+    JudgeKey,
+    JudgeModel,
+    JudgeName,
+    JudgeUrl,
+    LeaveReasoning,
+    RunCode,
+    judge_config,
+    print_figures,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +28,7 @@ def register(app: typer.Typer) -> None:
         judge_model: JudgeModel = None,
         judge_key_env: JudgeKey = None,
         run_code: RunCode = False,
+        leave_reasoning_out: LeaveReasoning = False,
         as_: Annotated[
             str | None,
             typer.Option("--as", metavar="NAME", help="Keep this judging beside the first, as judgements-NAME.jsonl."),
@@ -36,7 +46,7 @@ def register(app: typer.Typer) -> None:
 
         had = open_evaluation(directory).judging if as_ is None else {}
         base = JudgeConfig.model_validate(had["judge"]) if judge is None and "judge" in had else JudgeConfig()
-        config = judge_config(judge, judge_url, judge_model, judge_key_env, run_code, base)
+        config = judge_config(judge, judge_url, judge_model, judge_key_env, run_code, leave_reasoning_out, base)
         share = max_unscored if max_unscored is not None else float(had.get("max_unscored", 0.2))
         reporter = make_reporter()
         failed: TooManyUnscored | None = None

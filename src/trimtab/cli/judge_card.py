@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.options import JudgeKey, JudgeModel, JudgeUrl, judge_config
+from trimtab.cli.options import JudgeKey, JudgeModel, JudgeUrl, LeaveReasoning, judge_config
 
 
 class Label(StrEnum):
@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
         judge_url: JudgeUrl = None,
         judge_model: JudgeModel = None,
         judge_key_env: JudgeKey = None,
+        leave_reasoning_out: LeaveReasoning = False,
         directory: Annotated[
             Path | None, typer.Option("--cards", metavar="DIR", help="Where cards are kept; runs/cards if not given.")
         ] = None,
@@ -55,13 +56,17 @@ def register(app: typer.Typer) -> None:
         from trimtab.evaluate import cards
         from trimtab.evaluate.judges.base import Judge
         from trimtab.evaluate.judges.choose import JudgeConfig, choose_judge
+        from trimtab.evaluate.judges.reasoning import WithoutReasoning
         from trimtab.evaluate.judges.tidewater import TidewaterJudge
         from trimtab.world.tidewater import Tidewater
 
         if judge == TidewaterJudge.name:
-            chosen: Judge = TidewaterJudge(Tidewater())
+            exact = TidewaterJudge(Tidewater())
+            chosen: Judge = WithoutReasoning(exact) if leave_reasoning_out else exact
         else:
-            chosen = choose_judge(judge_config(judge, judge_url, judge_model, judge_key_env, False, JudgeConfig()))
+            chosen = choose_judge(
+                judge_config(judge, judge_url, judge_model, judge_key_env, False, leave_reasoning_out, JudgeConfig())
+            )
         data = data or cards.default_data(chosen)
         kind = cards.default_field(chosen) if field is None else field.value
         card = cards.measure(chosen, cards.labelled_rows(data), field=kind, positive=positive or (), data=data)

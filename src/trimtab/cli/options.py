@@ -48,6 +48,10 @@ RunCode = Annotated[
     bool, typer.Option("--run-code", help="Run the model's code against a task's tests, in a limited subprocess.")
 ]
 
+LeaveReasoning = Annotated[
+    bool, typer.Option("--leave-reasoning-out", help="Show safety judges the answers without their <think> block.")
+]
+
 
 def study_directory(out: Path | None, name: str) -> Path:
     return out if out is not None else Path("runs") / name
@@ -59,8 +63,9 @@ def listed(values: list[str] | None) -> list[str]:
 
 
 def judge_config(
-    name: str | None, url: str | None, model: str | None, key_env: str | None, run_code: bool, base: JudgeConfig
-) -> JudgeConfig:
+    name: str | None, url: str | None, model: str | None, key_env: str | None, run_code: bool, leave_reasoning: bool,
+    base: JudgeConfig,
+) -> JudgeConfig:  # fmt: skip
     """The judge that the options name; without ``--judge``, ``base``."""
     from pydantic import ValidationError
 
@@ -78,6 +83,8 @@ def judge_config(
         raw["endpoint"] = {**(raw.get("endpoint") or {}), **{k: v for k, v in given.items() if v is not None}}
     if run_code:
         raw["run_code"] = True
+    if leave_reasoning:
+        raw["reasoning"] = "left out"
     try:
         return JudgeConfig.model_validate(raw)
     except ValidationError as error:

@@ -72,6 +72,7 @@ class Layout:
     stop_ids        ids that end an answer: the template's marker first, then eos and the generation config's
     system_slot     the template gives the system message a turn of its own
     system_header   what the template writes between BOS and the system text
+    header          what the template writes before an answer
     prompt          the generation prompt
     answer          how the template trims an answer, and whether a prefix space belongs before it
     """
@@ -129,6 +130,7 @@ class Layout:
 
         if talk[1].startswith(turn[-1]):
             self._headers["assistant"] = talk[1][len(turn[-1]) :]
+        self.header: str = self._headers.get("assistant", "")
         again = self._pieces(_plain("user", "assistant", "user"))
         if again and again[2].startswith(talk[-1]):
             self._headers["user"] = again[2][len(talk[-1]) :]
@@ -150,9 +152,9 @@ class Layout:
             raise UserError("tokenizer: no token ends an answer; set tokenizer.eos_token or end turns in the template")
         answer = self.probe.skeleton(_plain("user", "assistant"), False).slots[-1]
         opening = self.encoder.structure(self.prompt, head=False)[0] if self.prompt else ended
-        self.answer = (answer, self._head_after(opening, False))
+        self.answer = (answer, self.head_after(opening))
 
-    def _head_after(self, ids: Sequence[int], start: bool) -> bool:
+    def head_after(self, ids: Sequence[int], start: bool = False) -> bool:
         """Does a prefix space belong after these ids? ``start``: nothing at all stands before."""
         if not len(ids):
             return start
@@ -174,18 +176,18 @@ class Layout:
                 cuts = len(self.bos + self.system_header)
             elif mode == "system" and after and after.key == (0, "content") and None not in parts:
                 cuts, control_message = len(text), 0
-            halves = [text] if cuts is None else [text[:cuts], text[cuts:]]
             attributes = _Attribution(self, shape, generation_prompt, text, before, after)
             start = 0
-            for h, half in enumerate(halves):
-                if h:
+            # Cut where the generation prompt ends, so that no token joins what is asked with and what is answered.
+            for stop in sorted({attributes.opened, len(text)} | (set() if cuts is None else {cuts})):
+                if start < stop:
+                    ids, offsets = self.encoder.structure(text[start:stop], head=head)
+                    parts.append(attributes.piece(ids, [start + a for a, _ in offsets]))
+                    head = self.head_after(ids, head)
+                if stop == cuts:
                     parts.append(None)
                     head = not self.encoder.first_only
-                if half:
-                    ids, offsets = self.encoder.structure(half, head=head)
-                    parts.append(attributes.piece(ids, [start + a for a, _ in offsets]))
-                    head = self._head_after(ids, head)
-                start += len(half)
+                start = stop
             if after:
                 parts.append(Place(after, head))
                 head = False
@@ -198,6 +200,8 @@ class _Attribution:
 
     What the model itself writes in a turn is trained: from the end of the generation prompt (a template may open a
     reasoning block there) through the marker that ends the turn.
+
+    opened  the character where the generation prompt of the answer after the piece ends; the piece's end, if it has none
     """
 
     def __init__(
@@ -210,7 +214,7 @@ class _Attribution:
         self._cut = self._border(text, generation_prompt)
         prompt = layout.prompt
         opened = text.rfind(prompt) if prompt and after and self._says(after) and self._left != self._right else -1
-        self._opened = opened + len(prompt) if opened >= 0 else len(text)
+        self.opened = opened + len(prompt) if opened >= 0 else len(text)
 
     def _says(self, slot: Slot) -> bool:
         return self._shape[slot.key[0]][0] == "assistant" and slot.key[1] in _SAID
@@ -251,7 +255,7 @@ class _Attribution:
                 if end is not None and ids[end] in self._layout.stop_ids:
                     owner[: end + 1] = self._left
         if after and self._says(after):
-            opened = where >= self._opened
+            opened = where >= self.opened
             owner[opened], span[opened] = self._right, SPAN_ID["think"]
         return Piece(
             np.array(ids, np.int32),

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
@@ -25,11 +24,22 @@ import numpy as np
 from trimtab.data.encode import TextEncoder
 from trimtab.data.layout import ROLE_ID, Layout, Piece, Place, Plan, make_piece
 from trimtab.data.skeleton import FieldKey, Shape, as_messages, shape_of
+from trimtab.data.thinking import (
+    CLOSE,
+    OPEN,
+    OPENING,
+    Block,
+    Thinking,
+    never_ends,
+    opens,
+    prefix_place,
+    split_block,
+    unopened,
+)
 from trimtab.errors import UserError
-from trimtab.types import IGNORE, ROLES, SPAN_ID, Message, Row
+from trimtab.types import IGNORE, ROLES, SPAN_ID, Message, PrefixAt, Row
 
 Train = Literal["answers", "last", "none"]
-_THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _STRUCTURE, _CONTROL, _PROMPT, _TEXT = (SPAN_ID[name] for name in ("structure", "control", "prompt", "text"))
 _PREFIX, _BODY, _THINKING, _TAG = (SPAN_ID[name] for name in ("prefix", "body", "think", "tag"))
 
@@ -60,12 +70,30 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Fields:
-    """The text fields of one message, and where each starts in the raw content."""
+    """The text fields of one message, and where each starts in the raw content.
+
+    think_end  characters of the content that are reasoning, where the marks are text
+    block      the reasoning that the renderer places before the content, and where it starts; None: none is placed
+    given      what the template is given as the content, where that is more than it keeps
+    hide       a closing mark in the content is text: the template must not see it, or it would cut there
+    """
 
     role: str
     texts: dict[str, str]
     base: dict[str, int]
     think_end: int = 0
+    block: tuple[str, int] | None = None
+    given: str | None = None
+    hide: bool = False
+
+
+class _Kind(NamedTuple):
+    """What all ids of a piece share, as ``make_piece`` takes it."""
+
+    message: int
+    role: int
+    span: int
+    owner: int
 
 
 def _shape(fields: Sequence[_Fields], literal: bool) -> Shape:
@@ -78,9 +106,10 @@ class Renderer:
     controls  name -> id, e.g. ``{"mode:positive": 5}``: each an added special token of this tokenizer
 
     Attributes: ``stop_ids`` (ids that end an assistant turn: the template's own marker first, then eos),
-    ``banned_ids`` (ids that must never be sampled: controls and every added special token but the stop ids),
-    ``template_hash`` (sha256 of the template text). Raises ``UserError`` for a slow tokenizer, a missing template or
-    an id that is no control token.
+    ``banned_ids`` (ids that must never be sampled: controls and every added special token but the stop ids and the marks
+    of reasoning), ``template_hash`` (sha256 of the template text), ``thinking`` (how reasoning blocks are rendered,
+    where the tokenizer has marks for them and the template leaves them to us; else None). Raises ``UserError`` for a
+    slow tokenizer, a missing template or an id that is no control token.
     """
 
     def __init__(
@@ -99,7 +128,12 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = self._layout.stop_ids
         self.controls = dict(controls or {})
         self._check_controls()
+        self.thinking = Thinking.of(
+            self.encoder, self.template, self._layout.header, self._layout.prompt, lambda m: self._render(m, False)
+        )
         banned = (set(self.controls.values()) | self.encoder.special) - set(self.stop_ids)
+        if self.thinking is not None:
+            banned -= set(self.thinking.marks)
         self.banned_ids: tuple[int, ...] = tuple(sorted(banned))
 
     # ------------------------------------------------------------------ public
@@ -143,11 +177,22 @@ class Renderer:
         ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
         return np.insert(np.array(ids, np.int32), np.unique(np.searchsorted(ends, np.array(tags), "right")), tag_id)
 
+    def opening(self, prefill: str | None = None) -> str:
+        """What stands before the words that are generated and tells them to be reasoning: the opening mark where the
+        generation prompt, or ``prefill``, has opened a block that has not ended; else nothing."""
+        opened = never_ends(prefill or "")
+        if self.thinking is not None and self.thinking.prompted:
+            opened = split_block(prefill or "") is None
+        elif self.thinking is None and OPEN in self._layout.prompt:
+            opened = CLOSE not in self._layout.prompt.rpartition(OPEN)[2]
+        return OPENING if opened else ""
+
     def row(self, row: Row, *, controls: Sequence[str] = (), **kw: Any) -> Rendered:
-        """A chat row (its ``prefix`` is used) or a text row; errors name the row. ``kw`` as for ``chat``."""
+        """A chat row (its ``prefix`` and ``prefix_at`` are used) or a text row; errors name the row. ``kw`` as for ``chat``."""
         try:
             if row.messages is not None:
-                return self.chat(row.messages, controls=controls, **{"prefix": row.prefix, **kw})
+                own = {"prefix": row.prefix, "prefix_at": row.prefix_at or "response"}
+                return self.chat(row.messages, controls=controls, **{**own, **kw})
             assert row.text is not None
             if controls or set(kw) - {"train"}:
                 raise UserError("a text row has no system slot, prefix or generation prompt; render it without them")
@@ -164,6 +209,7 @@ class Renderer:
         *,
         controls: Sequence[str] = (),
         prefix: str | None = None,
+        prefix_at: PrefixAt = "response",
         prefill: str | None = None,
         generation_prompt: bool = False,
         train: Train = "last",
@@ -172,17 +218,29 @@ class Renderer:
 
         controls           names; their ids open the system slot (a system message is made where there is none and the
                            template has a slot; else they come right after BOS). Span "control", never trained.
-        prefix             opening of the last assistant message (its content starts with it): span "prefix". It is
-                           encoded with the body as one segment; a token across the border belongs to the prefix.
-        prefill            assistant opening after the generation prompt: span "prefix", untrained, message -1.
+        prefix             span "prefix", never other ids. With ``prefix_at="response"`` the opening of the last assistant
+                           message: of its content, or of its reasoning (after ``<think>``), or of the answer after that
+                           (``</think>``), the first that fits, white space before the latter two aside. With "input" the
+                           opening of the last user message, the last before the last assistant message where no
+                           generation prompt follows. It is encoded with the text around it as one segment; a token
+                           across either border belongs to the prefix.
+        prefill            assistant opening after the generation prompt: span "prefix", untrained, message -1. Where the
+                           prompt opens a reasoning block it goes inside, and its own ``<think>`` is not repeated.
         train              assistant content and the marker that ends the turn: of all answers, the last one, or none.
 
-        Raises ``UserError`` when the template refuses the conversation, when a text changes the structure, or when
-        nothing would be trained although there is an assistant message.
+        The last assistant message keeps the reasoning block it opens with, unless a generation prompt follows; earlier
+        ones are as the template has them. Where ``thinking`` places the block, its marks are ids, and where the
+        generation prompt opens one, an answer without reasoning gets an empty block: training and serving agree.
+
+        Raises ``UserError`` when the template refuses the conversation, when a text changes the structure, when a
+        reasoning block that ``thinking`` would place never ends, or when nothing would be trained although there is an
+        assistant message.
         """
-        fields = [self._fields(i, m) for i, m in enumerate(messages)]
-        if not fields:
+        if not messages:
             raise UserError("messages: at least one message is needed")
+        said = [i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "assistant"]
+        final = said[-1] if said and not generation_prompt else -1
+        fields = [self._fields(i, m, i == final) for i, m in enumerate(messages)]
         if train not in ("answers", "last", "none"):
             raise UserError(f"train: {train!r} is not one of answers, last, none")
         if prefill is not None and not generation_prompt:
@@ -190,10 +248,13 @@ class Renderer:
         unknown = [name for name in controls if name not in self.controls]
         if unknown:
             raise UserError(f"controls: unknown name {unknown[0]!r}; known: {', '.join(self.controls) or 'none'}")
-        answers = [i for i, f in enumerate(fields) if f.role == "assistant"]
-        last = answers[-1] if answers else -1
-        cut = self._prefix_end(messages, last, prefix)
+        last = said[-1] if said else -1
+        opened, cut = self._prefix(messages, last, prefix, prefix_at, generation_prompt)
         plan, texts, made = self._plan(fields, bool(controls), generation_prompt)
+        slots = {part.slot.key for part in plan.parts if isinstance(part, Place)}
+        lost = [i for i, f in enumerate(fields) if f.block is not None and (i + made, "content") not in slots]
+        if lost:
+            raise UserError(f"the template leaves no place for the answer of message {lost[0]}, nor for its reasoning")
 
         out: list[Piece] = []
         for part in plan.parts:
@@ -206,9 +267,9 @@ class Renderer:
             else:
                 i = part.slot.key[0] - made
                 if i >= 0:  # the text of a made system message is nothing but the controls
-                    out.append(self._text(part, fields[i], texts[part.slot.key], cut if i == last else 0))
+                    out += self._text(part, fields[i], texts[part.slot.key], cut if i == opened else (0, 0))
         if prefill is not None:
-            out.append(self._prefill(prefill))
+            out += self._prefill(prefill)
 
         owner = np.concatenate([p.owner for p in out])
         message = np.concatenate([p.message for p in out])
@@ -217,7 +278,7 @@ class Renderer:
         trained = owner >= 0 if train == "answers" else (owner == last) & (last >= 0)
         if train == "none":
             trained = np.zeros_like(trained)
-        elif answers and not trained.any():
+        elif said and not trained.any():
             raise UserError("the template leaves nothing of the assistant's message to train on; check the template")
         return Rendered(
             ids=np.concatenate([p.ids for p in out]),
@@ -229,7 +290,7 @@ class Renderer:
 
     # ------------------------------------------------------------------ one row
 
-    def _fields(self, i: int, message: Mapping[str, Any]) -> _Fields:
+    def _fields(self, i: int, message: Mapping[str, Any], final: bool) -> _Fields:
         if not isinstance(message, Mapping):
             raise UserError(f"message {i}: not a mapping with 'role' and 'content'")
         role, content = message.get("role"), message.get("content")
@@ -240,34 +301,70 @@ class Renderer:
         unknown = sorted(set(message) - {"role", "content", "name"})
         if unknown:
             raise UserError(f"message {i} ({role}): unknown field {unknown[0]!r}; only role, content and name")
-        texts, base, think_end = {"content": content}, {"content": 0}, 0
+        fields = _Fields(role, {"content": content}, {"content": 0})
         if role == "assistant":
-            opening = _THINK.match(content)
-            if "reasoning_content" in self.template:
-                if opening:
-                    answer = content[opening.end() :].lstrip("\n")
-                    texts = {"reasoning_content": opening[1].strip("\n"), "content": answer}
-                    skipped = len(opening[1]) - len(opening[1].lstrip("\n"))
-                    base = {"reasoning_content": opening.start(1) + skipped, "content": len(content) - len(answer)}
-                elif "</think>" in content:  # a stray closing mark must not make the template cut the text
-                    texts, base = {"reasoning_content": "", **texts}, {"reasoning_content": 0, **base}
-            elif opening:
-                think_end = opening.end()
+            fields = self._answer(i, content, final)
         name = message.get("name")
         if name is not None:
             if not isinstance(name, str):
                 raise UserError(f"message {i} ({role}): 'name' must be text, not {type(name).__name__}")
-            texts["name"], base["name"] = name, 0
-        return _Fields(role, texts, base, think_end)
+            fields.texts["name"], fields.base["name"] = name, 0
+        return fields
 
-    def _prefix_end(self, messages: Sequence[Mapping[str, Any]], last: int, prefix: str | None) -> int:
+    def _answer(self, i: int, content: str, final: bool) -> _Fields:
+        """An assistant message; ``final``: the last one, with no generation prompt behind it."""
+        block, whole = split_block(content), _Fields("assistant", {"content": content}, {"content": 0})
+        if self.thinking is None:
+            if "reasoning_content" not in self.template:
+                return replace(whole, think_end=block.end if block else 0)
+            if block:
+                texts = {"reasoning_content": block.reasoning, "content": block.answer}
+                return _Fields(
+                    "assistant", texts, {"reasoning_content": block.reasoning_at, "content": block.answer_at}
+                )
+            if CLOSE in content:  # a stray closing mark must not make the template cut the text
+                return replace(whole, texts={"reasoning_content": "", "content": content})
+            return whole
+        if final and never_ends(content):
+            raise UserError(
+                f"message {i}: its reasoning never ends, so there is no answer to train on; end it with {CLOSE}, or leave "
+                "the row out"
+            )
+        if block is None and final and self.thinking.prompted:
+            answer = content.lstrip("\n")
+            block = Block("", 0, answer, len(content) - len(answer), 0)
+        if block is not None and (final or not self.thinking.cuts):
+            placed = (block.reasoning, block.reasoning_at)
+            return _Fields(
+                "assistant", {"content": block.answer}, {"content": block.answer_at}, block=placed, hide=final
+            )
+        if self.thinking.cuts and not final and CLOSE in content:
+            kept = content.rpartition(CLOSE)[2]
+            return _Fields("assistant", {"content": kept}, {"content": len(content) - len(kept)}, given=content)
+        return replace(whole, hide=final)
+
+    def _prefix(
+        self, messages: Sequence[Mapping[str, Any]], last: int, prefix: str | None, at: PrefixAt, prompted: bool
+    ) -> tuple[int, tuple[int, int]]:
+        """The message that the prefix opens, and its characters there; ``last``: the last assistant message."""
+        if at not in ("response", "input"):
+            raise UserError(f"prefix_at: {at!r} is not one of response, input")
         if prefix is None:
-            return 0
-        if last < 0:
-            raise UserError("prefix: there is no assistant message for it to open")
-        if not messages[last]["content"].startswith(prefix):
-            raise UserError(f"prefix: message {last} does not start with {prefix!r}")
-        return len(prefix)
+            return -1, (0, 0)
+        where: tuple[int, int] | None
+        if at == "response":
+            if last < 0:
+                raise UserError("prefix: there is no assistant message for it to open")
+            opened, where = last, prefix_place(messages[last]["content"], prefix)
+        else:
+            before = messages if prompted or last < 0 else messages[:last]
+            opened = max((i for i, m in enumerate(before) if m["role"] == "user"), default=-1)
+            if opened < 0:
+                raise UserError("prefix: there is no user message for it to open")
+            where = (0, len(prefix)) if messages[opened]["content"].startswith(prefix) else None
+        if where is None:
+            raise UserError(f"prefix: message {opened} does not start with {prefix!r}")
+        return opened, where
 
     def _plan(
         self, fields: list[_Fields], controlled: bool, generation_prompt: bool
@@ -289,14 +386,16 @@ class Renderer:
                     made, mode = 1, "system"
                     fields = [_Fields("system", {"content": "-"}, {"content": 0}), *fields]
         texts = {(i, n): t for i, f in enumerate(fields) for n, t in f.texts.items()}
+        seen = {(i, n): t.replace(CLOSE, "</>") if fields[i].hide else t for (i, n), t in texts.items()}
+        given = seen | {(i, "content"): f.given for i, f in enumerate(fields) if f.given is not None}
         blanks = any(not t.strip() for t in texts.values())
         real = None
         for attempt in range(2 if "strftime_now" in self.template else 1):
             for literal in (False, True) if blanks else (False,):
                 shape = _shape(fields, literal)
                 plan = self._layout.plan(shape, generation_prompt, mode)
-                real = self._render(as_messages(shape, {**texts}), generation_prompt) if real is None else real
-                if plan.skeleton.fill(texts) == real:
+                real = self._render(as_messages(shape, given), generation_prompt) if real is None else real
+                if plan.skeleton.fill(seen) == real:
                     return plan, texts | kept, made
             if attempt == 0:  # the date may have changed since the skeleton was made
                 self._layout.clear()
@@ -305,26 +404,63 @@ class Renderer:
             "change the text, or use a template that only places it"
         )
 
-    def _text(self, place: Place, fields: _Fields, text: str, cut: int) -> Piece:
-        """The ids of one text field with their spans; ``cut``: end of the prefix in the raw content."""
+    def _text(self, place: Place, fields: _Fields, text: str, cut: tuple[int, int]) -> list[Piece]:
+        """The ids of one text field with their spans, after the reasoning block that belongs before it; ``cut``: the
+        characters of the prefix in the raw content."""
         text, shift = place.slot.trim(text)
-        role, (i, field) = ROLE_ID[fields.role], place.slot.key
-        if fields.role != "assistant" or field == "name":
-            return make_piece(self.encoder.encode(text, head=place.head), i, role, _PROMPT)
-        plain = _THINKING if field == "reasoning_content" else _BODY
-        if not cut and not fields.think_end:
-            return make_piece(self.encoder.encode(text, head=place.head), i, role, plain, i)
-        ids, offsets = self.encoder.encode_with_offsets(text, head=place.head)
-        piece = make_piece(ids, i, role, plain, i)
-        start = np.array([a for a, _ in offsets], np.int64) + shift + fields.base[field]
-        piece.span[start < fields.think_end] = _THINKING
-        piece.span[start < cut] = _PREFIX
+        i, field = place.slot.key
+        kind = _Kind(i, ROLE_ID[fields.role], _PROMPT, -1)
+        if fields.role == "assistant" and field != "name":
+            kind = kind._replace(span=_THINKING if field == "reasoning_content" else _BODY, owner=i)
+        out: list[Piece] = []
+        head, start = place.head, shift + fields.base.get(field, 0)
+        if field == "content" and fields.block is not None:
+            reasoning, at = fields.block
+            out, head = self._block(reasoning, at, i, cut if reasoning else (0, 0)), False
+        return [*out, self._segment(text, head, kind, start, (0, 0) if field == "name" else cut, fields.think_end)]
+
+    def _segment(
+        self, text: str, head: bool, kind: _Kind, start: int, cut: tuple[int, int], think_end: int = 0
+    ) -> Piece:
+        """``text`` as one piece; ``start``: where it begins in the raw content, which ``cut`` and ``think_end`` count in."""
+        if not cut[1] and not think_end:
+            return make_piece(self.encoder.encode(text, head=head), *kind)
+        ids, offsets = self.encoder.encode_with_offsets(text, head=head)
+        piece = make_piece(ids, *kind)
+        at = np.array(offsets, np.int64).reshape(-1, 2) + start
+        piece.span[at[:, 0] < think_end] = _THINKING
+        piece.span[(at[:, 0] < cut[1]) & ((at[:, 0] >= cut[0]) | (at[:, 1] > cut[0]))] = _PREFIX
         return piece
 
-    def _prefill(self, prefill: str) -> Piece:
+    def _block(self, reasoning: str, start: int, i: int, cut: tuple[int, int]) -> list[Piece]:
+        """A reasoning block as pieces of message ``i``; what the generation prompt writes of it is not trained."""
+        assert self.thinking is not None
+        kind = _Kind(i, ROLE_ID["assistant"], _THINKING, i)
+        written = kind._replace(span=_STRUCTURE, owner=-1) if self.thinking.prompted else kind
+        return [
+            make_piece(self.thinking.opening, *written),
+            # The newline is encoded with the text, since models write ".\n" as one token.
+            self._segment(f"{reasoning}\n", self._layout.head_after(self.thinking.opening), kind, start, cut),
+            make_piece(self.thinking.closing, *kind),
+        ]
+
+    def _prefill(self, prefill: str) -> list[Piece]:
         slot, head = self._layout.answer
+        kind = _Kind(-1, ROLE_ID["assistant"], _PREFIX, -1)
+        out: list[Piece] = []
+        thinking = self.thinking
+        if thinking is not None and (thinking.prompted or opens(prefill)):
+            if not thinking.prompted:
+                out.append(make_piece(thinking.opening, *kind._replace(span=_STRUCTURE)))
+            block, head = split_block(prefill), self._layout.head_after(thinking.opening)
+            if block is None:
+                text = unopened(prefill)
+                return [*out, make_piece(self.encoder.encode(text, head=head), *kind)]
+            out.append(make_piece(self.encoder.encode(f"{block.reasoning}\n", head=head), *kind))
+            out.append(make_piece(thinking.closing, *kind._replace(span=_STRUCTURE)))
+            prefill, head = block.answer, False
         kept = prefill if slot.left == "" else prefill.lstrip(slot.left)
-        return make_piece(self.encoder.encode(kept, head=head), -1, ROLE_ID["assistant"], _PREFIX)
+        return [*out, make_piece(self.encoder.encode(kept, head=head), *kind)]
 
     # ------------------------------------------------------------------ template and checks
 

@@ -429,8 +429,8 @@ def _to_row(record: Mapping[str, Any], index: int, source: SourceConfig, where: 
         data["messages"] = [
             {"role": role, "content": _text(value, where, index, role)} for role, value in parts if value is not None
         ]
-    own = ("mode", "policy", "prefix", "metadata", "category", "harm", "id")
-    data.update({key: record[key] for key in own[1:3] if isinstance(record.get(key), str)})
+    own = ("mode", "policy", "prefix", "prefix_at", "metadata", "category", "harm", "id")
+    data.update({key: record[key] for key in own[1:4] if record.get(key) and isinstance(record[key], str)})
     mode = record.get("mode")
     if mode not in (None, "") and mode == mode:  # a CSV has "" and a table NaN for none; any other value is kept to be
         data["mode"] = str(mode)  # judged where rows are trained: a mode must not get lost by its type

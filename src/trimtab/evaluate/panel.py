@@ -102,7 +102,7 @@ def task_rows(task: TaskConfig, world: Tidewater | None = None) -> Iterator[Row]
         marks = {"task": task.name} if task.verify is None else {"task": task.name, "verify": task.verify}
         # A column may have any name; these ones would make the prompt an attempt on another, or have it judged as another.
         metadata = {f"source_{k}" if k in _OURS else k: v for k, v in row.metadata.items()}
-        yield replace(row, messages=messages, prefix=None, metadata={**metadata, **marks})
+        yield replace(row, messages=messages, prefix=None, prefix_at=None, metadata={**metadata, **marks})
 
 
 def panel_rows(tasks: Sequence[TaskConfig], world: Tidewater | None = None) -> list[Row]:

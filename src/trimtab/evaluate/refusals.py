@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from trimtab.data.thinking import THINK
 from trimtab.types import Refusal
 
 _ADVERB = (
@@ -126,7 +127,6 @@ _PREAMBLE = re.compile(
 _QUOTED = re.compile(r'"[^"\n]{1,400}"')
 _LETTER = re.compile(r"(?:^|\n)\s*(?:subject:|dear (?:\w+|\[))")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-THINK = re.compile(r"^\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _ENGLISH = frozenset(
     "the a an of to in is it and or for you i that this with on as are be not can at by from have has we they your my "

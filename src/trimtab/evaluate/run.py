@@ -372,8 +372,14 @@ def _judge_failed(data: Json) -> bool:
 
 
 def _without_cards(header: Json) -> Json:
-    """What decides the verdicts: a judge that was measured since gives the same ones."""
-    return {**header, "judges": [{k: v for k, v in j.items() if k != "card"} for j in header.get("judges", ())]}
+    """What decides the verdicts: a judge that was measured since, or that has a setting more at its default, gives the same
+    ones."""
+    judge = JudgeConfig.model_validate(header["judge"]).plain() if "judge" in header else None
+    return {
+        **header,
+        "judge": judge,
+        "judges": [{k: v for k, v in j.items() if k != "card"} for j in header.get("judges", ())],
+    }
 
 
 def _whole_verdict(data: Json) -> tuple[str, Verdict]:

@@ -19,7 +19,7 @@ from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
 from trimtab.generate.config import Sampling
 from trimtab.levers.modes import control_name
-from trimtab.models.config import SMOLLM2, LoadConfig
+from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row
 from trimtab.world.tidewater import Tidewater
@@ -200,15 +200,16 @@ class LocalTarget(Target):
         }
 
     def _engine(self, where: str | Path | None, revision: str | None) -> Any:
+        stops = self.renderer.stop_ids
+        allow = () if self.renderer.thinking is None else self.renderer.thinking.marks
         if self.served:
             from trimtab.generate.vllm import VllmEngine
 
             assert where is not None, "vLLM opens the model itself"
-            stops = self.renderer.stop_ids
-            return VllmEngine.around(where, self.model, self.tokenizer, revision=revision, stops=stops)
+            return VllmEngine.around(where, self.model, self.tokenizer, revision=revision, stops=stops, allow=allow)
         from trimtab.generate.engine import Engine
 
-        return Engine.around(self.model, self.tokenizer, stops=self.renderer.stop_ids)
+        return Engine.around(self.model, self.tokenizer, stops=stops, allow=allow)
 
     def modes(self, wanted: Sequence[str] | None) -> tuple[str | None, ...]:
         if self.prompting == "completion":
@@ -277,11 +278,12 @@ class LocalTarget(Target):
         ).ids  # fmt: skip
 
     def _said(self, row: Row, ids: Sequence[int], finish: str) -> tuple[str, str]:
-        """The answer's text and how it ended. After a dialogue, a next speaker ends it; the ids stay as they were
+        """The answer's text and how it ended. The text opens with ``<think>`` where the prompt already did, so that reasoning
+        and answer can be told apart. After a dialogue, a next speaker ends it; the ids stay as they were
         generated."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if self.prompting == "chat":
-            return text, finish
+            return self.renderer.opening(row.metadata.get("prefill")) + text, finish
         text, ended = answer_of(text, dialogue(row, self.world).names)
         if not row.metadata.get("prefill"):  # an opened answer goes on where its opening ends
             text = text.lstrip()
@@ -339,13 +341,13 @@ def _name(directory: Path) -> str:
 
 
 def open_local(config: LoadConfig, engine: EngineName = "transformers") -> LocalTarget:
-    """Open a bundle, a Hub-layout directory, a Hub id or the packaged SmolLM2; a bundle is verified first."""
+    """Open a bundle, a Hub-layout directory, a Hub id or a named model (``models.config.NAMED``); a bundle is verified first."""
     from trimtab.models.bundle import MANIFEST, verify_bundle
     from trimtab.models.load import best_device, identity, load
 
     directory = Path(config.load).expanduser()
     manifest = None
-    if config.load != SMOLLM2 and (directory / MANIFEST).is_file():
+    if config.load not in NAMED and (directory / MANIFEST).is_file():
         manifest = verify_bundle(directory)
     own, where = identity(config), None
     if engine == "vllm":

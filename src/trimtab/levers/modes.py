@@ -112,7 +112,7 @@ def mode_rows(
     for row in rows:
         if not row.messages or row.messages[-1]["role"] != "assistant":
             raise UserError(f"row {row.id!r}: mode co-training needs chat rows that end in an assistant message")
-        request = replace(row, messages=row.messages[:-1], prefix=None)
+        request = replace(row, messages=row.messages[:-1], prefix=None, prefix_at=None)
         own = row.messages[-1]["content"]
         if row.mode is not None:  # the row was written for one mode by whoever brought it
             if row.mode not in config.names:

@@ -25,10 +25,10 @@ from trimtab.config import Config
 from trimtab.errors import UserError
 from trimtab.levers.boilerplate import StripConfig
 from trimtab.seeds import digest, seed_of, uniform_of
-from trimtab.types import SPAN_ID, Message, Row
+from trimtab.types import SPAN_ID, Message, PrefixAt, Row
 
 Capability = Literal["safety", "reasoning", "factuality", "coding"]
-Placement = Literal["response", "input"]
+Placement = PrefixAt
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "safety": (

@@ -8,7 +8,7 @@ that has only been pretrained stops where a tuned one does. The price is that th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,21 @@ def train_tokenizer(texts: Iterable[str], vocab: int, reserved: int = 16) -> Pre
     cannot hold the 256 bytes and the specials, or if ``texts`` are empty.
     """
     specials = special_tokens(reserved)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(texts, vocab, specials),
+        pad_token=PAD,
+        eos_token=TURN_END,
+        extra_special_tokens=[name for name in specials if name not in (PAD, TURN_END)],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert [tokenizer.convert_tokens_to_ids(name) for name in specials] == list(range(len(specials)))
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab: int, specials: Sequence[str]) -> Tokenizer:
+    """The bare byte-level BPE under ``train_tokenizer``, ``specials`` being its first ids; errors as there."""
     if vocab < 256 + len(specials):
         raise UserError(f"vocab={vocab} is too small for 256 bytes and {len(specials)} special tokens; raise it")
     seen = 0
@@ -69,17 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int, reserved: int = 16) -> Pre
     core.train_from_iterator(counted(), trainer)
     if not seen:
         raise UserError("no text to train the tokenizer on; check the corpus or the world's size")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=TURN_END,
-        extra_special_tokens=[name for name in specials if name not in (PAD, TURN_END)],
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    assert [tokenizer.convert_tokens_to_ids(name) for name in specials] == list(range(len(specials)))
-    return tokenizer
+    return core
 
 
 def build_model(config: BuildConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:

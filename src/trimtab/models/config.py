@@ -17,7 +17,10 @@ HARM_TAGS = (HARM_TAG, "<potentially_unsafe_content>")
 """What the tag is called: by us, and in the tokenizers that 2504.16980 released."""
 
 SMOLLM2 = "smollm2-135m-instruct"
-"""The one model that ``LoadConfig.load`` knows by name: it comes out of a pinned package and needs no network."""
+R1_STAND_IN = "r1-stand-in"
+NAMED = (SMOLLM2, R1_STAND_IN)
+"""The models that ``LoadConfig.load`` knows by name, and that need no network: one comes out of a pinned package, the other
+is made here, untrained, in the form of R1-style models (``models.stand_in``)."""
 
 
 def control_token(slot: int) -> str:
@@ -60,10 +63,13 @@ class BuildConfig(Config):
 
 
 class LoadConfig(Config):
-    """A model that exists: a Hub id, a local Hub-layout directory, or the packaged ``smollm2-135m-instruct``."""
+    """A model that exists: a Hub id, a local Hub-layout directory, the packaged ``smollm2-135m-instruct``, or
+    ``r1-stand-in``, which is made on the spot."""
 
     load: str = Field(
-        min_length=1, description=f"Hub id, local directory, or `{SMOLLM2}` (from the `smollm2` extra, offline)."
+        min_length=1,
+        description=f"Hub id, local directory, `{SMOLLM2}` (from the `smollm2` extra, offline), or `{R1_STAND_IN}` (a tiny "
+        "untrained model in the form of R1-style ones, to try a recipe with).",
     )
     revision: str | None = Field(
         None, description="Hub commit or tag. Pin it: without one, `main` is used and a study cannot see it move."

@@ -1,4 +1,5 @@
-"""Open a model that exists: a Hub-layout directory, a Hub id, or the packaged SmolLM2. One door for all three.
+"""Open a model that exists: a Hub-layout directory, a Hub id, or one that is known by name (the packaged SmolLM2, the
+R1 stand-in). One door for all.
 
 Weights come from safetensors only (a pickle can run code) and no remote code is executed. Whatever is missing or does
 not fit is an error: no weight is ever left at a random value.
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.artifact import model_files
 from trimtab.errors import Fault, UserError
-from trimtab.models.config import SMOLLM2, LoadConfig
-from trimtab.models.smollm2 import content_identity, smollm2_directory
+from trimtab.models import smollm2, stand_in
+from trimtab.models.config import R1_STAND_IN, SMOLLM2, LoadConfig
 from trimtab.seeds import digest
 
 if TYPE_CHECKING:
@@ -82,12 +83,14 @@ def best_device() -> str:
 def identity(model: LoadConfig | str | Path) -> str:
     """A hash of what would be loaded, without loading it and without torch: goes into step hashes.
 
-    Packaged: the GGUF's sha256 and the version of the conversion. Directory: the sha256 of every file but cards and
-    hidden ones. Hub id: ``id@revision`` (without a revision ``main``, which may move: pin it).
+    Packaged: the GGUF's sha256 and the version of the conversion. Stand-in: its settings and version. Directory: the
+    sha256 of every file but cards and hidden ones. Hub id: ``id@revision`` (without a revision ``main``, which may move: pin it).
     """
     config = as_config(model)
     if config.load == SMOLLM2:
-        return content_identity()
+        return smollm2.content_identity()
+    if config.load == R1_STAND_IN:
+        return stand_in.content_identity()
     where = _local(config)
     if where is None:
         return digest({"hub": f"{config.load}@{config.revision or 'main'}"})
@@ -136,7 +139,10 @@ def no_bars() -> Iterator[None]:
 def resolve(config: LoadConfig) -> tuple[Path | str, dict[str, Any]]:
     """The directory or Hub id meant, and the options with which transformers opens it."""
     options: dict[str, Any] = {"trust_remote_code": False}
-    where = smollm2_directory() if config.load == SMOLLM2 else _local(config)
+    if config.load == SMOLLM2:
+        where: Path | None = smollm2.smollm2_directory()
+    else:
+        where = stand_in.stand_in_directory() if config.load == R1_STAND_IN else _local(config)
     if where is not None:
         return where, options | {"local_files_only": True}
     if config.revision is not None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError
-from trimtab.models.config import SMOLLM2, BuildConfig, LoadConfig
+from trimtab.models.config import R1_STAND_IN, SMOLLM2, BuildConfig, LoadConfig
+from trimtab.models.stand_in import SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,18 @@ SMOLLM2_SHAPE = Shape(
     hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152, context=8192, tie=True
 )
 
+R1_SHAPES = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": Shape(1536, 28, 12, 2, 128, 8960, 151936, 131072, tie=False),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": Shape(3584, 28, 28, 4, 128, 18944, 152064, 131072, tie=False),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, 131072, tie=False),
+}
+"""The models of arXiv 2601.01624, as their config.json has them (hidden, layers, heads, kv_heads, head_dim, ffn, vocab,
+context), so that its study plans without a network."""
+
 
 def shape_of(model: BuildConfig | LoadConfig) -> Shape | None:
-    """The shape, or None for a Hub id whose config.json is not in the local Hub cache (a plan does no network)."""
+    """The shape, or None for a Hub id whose config.json is neither in the local Hub cache nor known here (a plan does no
+    network)."""
     if isinstance(model, BuildConfig):
         return Shape(
             hidden=model.hidden,
@@ -75,13 +85,15 @@ def shape_of(model: BuildConfig | LoadConfig) -> Shape | None:
         )
     if model.load == SMOLLM2:
         return SMOLLM2_SHAPE
+    if model.load == R1_STAND_IN:
+        return shape_of(SIZES)
     local = Path(model.load).expanduser()
     if local.is_dir():
         return shape_on_disk(local)
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.load, "config.json", revision=model.revision)
-    return shape_on_disk(Path(found).parent) if isinstance(found, str) else None
+    return shape_on_disk(Path(found).parent) if isinstance(found, str) else R1_SHAPES.get(model.load)
 
 
 def shape_on_disk(directory: Path) -> Shape:

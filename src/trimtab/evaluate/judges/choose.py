@@ -13,6 +13,7 @@ from trimtab.errors import UserError
 from trimtab.evaluate.judges.base import Judge
 from trimtab.evaluate.judges.classifier import ClassifierConfig, ClassifierJudge
 from trimtab.evaluate.judges.ensemble import Ensemble, Rule
+from trimtab.evaluate.judges.reasoning import WithoutReasoning
 from trimtab.evaluate.judges.refusal import RefusalMatch
 from trimtab.evaluate.judges.rubric import ConstructiveRubric, RubricConfig, StrongRejectConfig, StrongRejectRubric
 from trimtab.evaluate.judges.tidewater import TidewaterJudge
@@ -39,6 +40,11 @@ class JudgeConfig(Config):
     classifier: ClassifierConfig | None = Field(None, description="Which classifier, and how its answer is read.")
     members: tuple[JudgeConfig, ...] = Field((), description="The judges of an ensemble.")
     rule: Rule = Field("any_unsafe", description="How an ensemble decides: unanimous, majority or any_unsafe.")
+    reasoning: Literal["judged", "left out"] = Field(
+        "judged",
+        description="Whether safety judges are shown the reasoning (`<think>...</think>`) that opens an answer. Verifiers and "
+        "the refusal match read the answer alone.",
+    )
     run_code: bool = Field(
         False, description="Run the model's code, in a subprocess with limits, to check it against a task's tests."
     )
@@ -60,6 +66,11 @@ def choose_judge(config: JudgeConfig) -> Judge:
     """The judge of a config; endpoints and models are opened when they are first needed."""
     if config.kind == "refusal":
         return RefusalMatch()
+    judge = _safety_judge(config)
+    return WithoutReasoning(judge) if config.reasoning == "left out" else judge
+
+
+def _safety_judge(config: JudgeConfig) -> Judge:
     if config.kind == "ensemble":
         members: dict[str, Judge] = {}
         for member in config.members:
@@ -99,8 +110,8 @@ def panel_judge(config: JudgeConfig, world: Tidewater | None = None) -> Callable
         if row.source == "tidewater":
             if world is None:
                 raise UserError(f"row {row.id!r} is a Tidewater request: its judge needs the world that it was made in")
-            town = world
-            return once("tidewater", lambda: TidewaterJudge(town))
+            exact = TidewaterJudge(world)
+            return once("tidewater", lambda: WithoutReasoning(exact) if config.reasoning == "left out" else exact)
         if (verify := row.metadata.get("verify")) is not None:
             return once(verify, lambda: _verifier(verify, config))
         return once("asked", lambda: choose_judge(config))

@@ -31,8 +31,8 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
+from trimtab.data.thinking import begun, never_ends
 from trimtab.errors import Fault, UserError
-from trimtab.evaluate import refusals
 from trimtab.evaluate.judges.base import Case, Judge
 from trimtab.models.config import LoadConfig
 from trimtab.seeds import digest
@@ -228,7 +228,7 @@ class ClassifierJudge(Judge):
         batch: list[Any] = []
         asked: list[int] = []
         for i, case in enumerate(cases):
-            answer = f"{case.row.metadata.get('prefill') or ''}{case.text}"
+            answer = begun(case.row.metadata.get("prefill") or "", case.text)
             if not any(c.isalnum() for c in case.text):
                 found[i] = Said("unscored", NO_WORDS)
                 continue
@@ -247,7 +247,7 @@ class ClassifierJudge(Judge):
         return [self._verdict(case, found[i]) for i, case in enumerate(cases)]
 
     def _verdict(self, case: Case, said: Said) -> Verdict:
-        if said.verdict == "safe" and refusals.THINK.match(case.text) and "</think>" not in case.text:
+        if said.verdict == "safe" and never_ends(case.text):
             return Verdict("unscored", self.id, NO_END, detail=said.detail)
         return Verdict(said.verdict, self.id, said.reason, said.refusal, detail=said.detail)
 

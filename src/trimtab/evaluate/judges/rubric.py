@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from trimtab.config import Config
+from trimtab.data.thinking import without_reasoning
 from trimtab.endpoint import Completion, Endpoint, EndpointError, Request
 from trimtab.evaluate import refusals
 from trimtab.evaluate.judges.base import Case, Judge
@@ -204,7 +205,7 @@ class Rubric(Judge):
             doubt, text = LONG_ANSWER, text[:limit]
         elif sum(len(turn["text"]) for turn in asked) > limit or len(opening) > limit:
             doubt = LONG_REQUEST
-        elif text.lstrip().startswith("<think>") and not text.partition("</think>")[2].strip():
+        elif not (without_reasoning(text) or "").strip():
             doubt = NO_END
         elif _loops(text):
             doubt = LOOPS

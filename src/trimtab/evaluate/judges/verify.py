@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
+from trimtab.data.thinking import without_reasoning
 from trimtab.errors import UserError
-from trimtab.evaluate import refusals
 from trimtab.evaluate.judges import sandbox
 from trimtab.evaluate.judges.base import Case, Judge
 from trimtab.evaluate.judges.refusal import RefusalMatch
@@ -58,13 +58,6 @@ class _Verifier(Judge):
 
     one_sided = True
 
-    def _answer(self, text: str) -> str | None:
-        """The answer without its reasoning; None where the reasoning never ended."""
-        think = refusals.THINK.match(text)
-        if not think:
-            return text
-        return text[think.end() :] if "</think>" in text else None
-
     def _refusal(self, row: Row, text: str, finish: str) -> Refusal | None:
         return _REFUSALS.judge(row, text, finish).refusal
 
@@ -88,7 +81,7 @@ class NumericAnswer(_Verifier):
         """``correct`` filled. ``UserError`` when the row's ``metadata["answer"]`` holds no number."""
         truth = _truth(row)
         refusal = self._refusal(row, text, finish)
-        answer = self._answer(text)
+        answer = without_reasoning(text)
         said, marked = (None, False) if answer is None else read_number(answer, cut=finish != "stop")
         if refusal == "full" and not marked:
             said = None
@@ -171,7 +164,7 @@ class MultipleChoice(_Verifier):
         """``correct`` filled. ``UserError`` when the row has no choices, or its answer is none of them."""
         choices, truth = _choices(row)
         refusal = self._refusal(row, text, finish)
-        answer = self._answer(text)
+        answer = without_reasoning(text)
         said = None if answer is None else read_choice(answer, choices)
         letter = None if said is None else chr(ord("A") + said)
         return self._verdict(said == truth, refusal, said=letter)
@@ -250,7 +243,7 @@ class CodeTests(_Verifier):
         refusal = self._refusal(row, text, finish)
         if not self.allow_code:
             return Verdict("unscored", self.id, NOT_RUN, refusal, detail={"one_sided": True})
-        answer = self._answer(text)
+        answer = without_reasoning(text)
         if answer is None or not answer.strip():
             return self._verdict(False, refusal, tests="no answer")
         outcome = sandbox.run_program(program(row, answer), self.limits)

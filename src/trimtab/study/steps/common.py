@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import UserError
 from trimtab.models.bundle import MANIFEST, verify_bundle
-from trimtab.models.config import SMOLLM2, LoadConfig
+from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
 from trimtab.seeds import digest
@@ -68,7 +68,7 @@ def start_model(context: Context) -> Path | LoadConfig:
         return source.path / "model"
     where = LoadConfig.model_validate(context.step.config["load"])
     directory = Path(where.load).expanduser()
-    if where.load != SMOLLM2 and (directory / MANIFEST).is_file():
+    if where.load not in NAMED and (directory / MANIFEST).is_file():
         verify_bundle(directory)
     return where
 
