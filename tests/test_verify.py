@@ -180,6 +180,10 @@ RUN = CodeTests(allow_code=True, limits=Limits(seconds=5, memory_mb=256, file_mb
         ("Let me check each step. ```python\ndef twice(x):\n    return 2 * x\n```", True),
         ("Here is the code.\ndef twice(x):\n    return 2 * x\n\nIt doubles x.", True),
         ("def twice(x):\n    return 2 *", False),
+        (
+            "Let me revise this. def twice(x):\n    return half(x) * 4\n\ndef half(x):\n    return x / 2\nThat is it.",
+            True,
+        ),
         ("```python\ndef twice(x):\n    return 2 * x", True),
     ],
 )
@@ -190,6 +194,7 @@ def test_code_is_found_and_tested(text: str, correct: bool | None) -> None:
 def test_tests_without_an_entry_point() -> None:
     assert right(RUN, MBPP, "Here:\n```python\ndef twice(x):\n    return x * 2\n```") is True
     assert right(RUN, MBPP, "def twice(x):\n    return x * 2\n") is True
+    assert right(RUN, MBPP, "Step by step, then.\nimport math\ndef twice(x):\n    return math.floor(x * 2)\n") is True
     assert right(RUN, MBPP, "```python\ndef thrice(x):\n    return x * 2\n```") is False
     with pytest.raises(UserError, match="no tests"):
         RUN.judge(row(answer=1), "pass", "stop")

@@ -54,6 +54,11 @@ _CODE_LINE = re.compile(
     r"|[A-Za-z_][\w.]*\([^\n]*\)[ \t]*$)",
     re.MULTILINE,
 )
+_DEFINITION = re.compile(
+    r"^(?:import[ ]+\w.*|from[ ]+[\w.]+[ ]+import[ ].*)$"
+    r"|(?:^|(?<=[.:!?][ ]))(?:async[ ]+)?def[ ]+\w+[ ]*\(.*\n?(?:(?:[ \t]+.*|[ \t]*)(?:\n|\Z))*",
+    re.MULTILINE,
+)
 _LETTER_MARK = re.compile(
     r"(?i:\b(?:answer|choice|option)\b(?:\s+is\b|\s*[:=])?|\\boxed\s*\{)[\s*_:(\[]*(?:(?i:option|choice)\s+)?[(\[]?"
     r"(?P<letter>[A-Z])(?![\w'])"
@@ -311,8 +316,8 @@ def _same_code(code: str) -> str:
 
 
 def extract_code(answer: str, prompt: str = "", entry: str | None = None) -> str:
-    """The code of an answer: of its fenced blocks the last that defines ``entry`` (else all of them, in order), or the bare text,
-    from its definition of ``entry`` on where the text around it is no Python.
+    """The code of an answer: of its fenced blocks the last that defines ``entry`` (else all of them, in order), or the
+    bare text; where that is no Python, its imports and definitions, without the prose around them.
 
     A block without the definition continues a prompt that is code (HumanEval's), up to where the indentation ends; one with
     it comes after that prompt, whose imports and helpers it may use.
@@ -320,19 +325,17 @@ def extract_code(answer: str, prompt: str = "", entry: str | None = None) -> str
     blocks = [m[1] for m in _FENCE.finditer(answer)]
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(entry)}\b", re.MULTILINE) if entry else None
     whole = [b for b in blocks if defines and defines.search(b)]
-    code = whole[-1] if whole else "\n\n".join(blocks) if blocks else _bare_code(answer, entry)
+    code = whole[-1] if whole else "\n\n".join(blocks) if blocks else _bare_code(answer)
     before = prompt.strip("\n") if entry and _is_code(prompt) else ""
     if defines and not defines.search(code) and before:
         return f"{before}\n{_body(code)}\n"
     return f"{before}\n\n{code}\n" if before else f"{code}\n"
 
 
-def _bare_code(answer: str, entry: str | None) -> str:
-    """An answer without blocks: as it is, or the lines of the definition of ``entry`` alone if prose stands around them."""
-    found = entry and re.search(
-        rf"^def\s+{re.escape(entry)}\b.*\n?(?:(?:[ \t]+.*|[ \t]*)(?:\n|\Z))*", answer, re.MULTILINE
-    )
-    return found[0] if found and not _parses(answer) else answer
+def _bare_code(answer: str) -> str:
+    """An answer without blocks: as it is, or its imports and definitions alone if prose stands around them."""
+    found = [] if _parses(answer) else [m[0] for m in _DEFINITION.finditer(answer)]
+    return "\n".join(found) if any("def " in part for part in found) else answer
 
 
 def _body(code: str) -> str:
