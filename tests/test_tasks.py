@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from typer.testing import CliRunner
 
 from trimtab.cli import tasks as tasks_command
 from trimtab.data import promptsets
-from trimtab.data.hubsets import HUB_CARDS, HubCard
+from trimtab.data.hubsets import HUB_CARDS, TRAINING_CARDS, HubCard
 from trimtab.data.ownsets import OWN_CARDS
-from trimtab.data.packaged import Wheel
+from trimtab.data.packaged import Archive, Wheel
 from trimtab.data.promptsets import CARDS, MORE_CARDS, SETS, SLOT, jailbreak_templates, read_set
 from trimtab.data.sources import SourceConfig, source_identity
+from trimtab.data.symbolic import SYMBOLIC_CARDS, SymbolicCard
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.metrics import METRICS
 from trimtab.evaluate.panel import panel_rows
@@ -69,7 +71,7 @@ def content(row: Row) -> str:
 def test_the_tasks_that_were_asked_for_are_there() -> None:
     wanted = (
         "harmbench strongreject advbench donotanswer wildjailbreak xstest slabs-benign gsm8k arithmetic humaneval mbpp "
-        "truthfulqa jailbreakbench jailbreakbench-benign orbench-hard tidewater-hazards"
+        "truthfulqa gsm-symbolic programs jailbreakbench jailbreakbench-benign orbench-hard tidewater-hazards"
     ).split()
     assert set(wanted) <= set(TASKS)
     assert {card.kind for card in TASKS.values() if card.kind} == set(KINDS) - {"contrast-seen"}
@@ -95,10 +97,14 @@ def test_pins_say_what_is_read() -> None:
     for card in TASKS.values():
         if isinstance(card.set, HubCard):
             assert re.fullmatch(r"[0-9a-f]{40}", card.revision) and card.set.hub in card.source and not card.offline
+        elif isinstance(card.set, SymbolicCard):
+            assert card.offline and str(card.set.seed) in card.revision and "reasoning-gym" in card.source
         elif card.set is not None:
             assert card.offline and re.fullmatch(r"[0-9a-f]{16}|[0-9a-f]{64}", card.revision)
             assert "==" in card.source or card.source == "Trimtab"
-    assert len(SETS) == len(CARDS) + len(MORE_CARDS) + len(OWN_CARDS) + len(HUB_CARDS)
+    assert len(SETS) == len(CARDS) + len(MORE_CARDS) + len(OWN_CARDS) + len(HUB_CARDS) + len(TRAINING_CARDS) + len(
+        SYMBOLIC_CARDS
+    )
     assert list(SETS)[: len(CARDS)] == list(CARDS)
 
 
@@ -324,6 +330,20 @@ def test_what_a_judge_needs_of_hub_rows(hub: dict[str, Any]) -> None:
     assert f"\n\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\n\n" in content(question)
 
 
+def test_wildjailbreak_to_train_on(hub: dict[str, Any]) -> None:
+    kinds = ("vanilla_harmful", "vanilla_benign", "adversarial_harmful", "adversarial_benign")
+    hub["records"] = [
+        {"vanilla": "Plain?", "adversarial": "" if kind.startswith("vanilla") else "Wrapped?", "completion": f"For {kind}.",
+         "data_type": kind, "tactics": "x"} for kind in kinds
+    ]  # fmt: skip
+    found = list(TRAINING_CARDS["wildjailbreak-train"].found())
+    assert [[m["content"] for m in row.messages or ()] for row in found] == [
+        ["Wrapped?" if kind.startswith("adv") else "Plain?", f"For {kind}."] for kind in kinds
+    ]
+    assert [row.harm for row in found] == ["harmful", "contrast"] * 2 and [row.category for row in found] == list(kinds)
+    assert (hub["config"], hub["delimiter"]) == ("train", "\t")
+
+
 def test_choices_are_in_an_order_of_their_row(hub: dict[str, Any]) -> None:
     hub["records"] = [{"question": f"Question {n}?", "mc1_targets": MC1} for n in range(300)]
     found = list(HUB_CARDS["truthfulqa"].found())
@@ -441,7 +461,14 @@ def test_tasks_are_listed_without_torch_or_datasets() -> None:
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", [name for name, card in TASKS.items() if card.offline and card.set is not None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, card in TASKS.items()
+        if card.offline and card.set is not None and not isinstance(getattr(card.set, "wheel", None), Archive)
+    ],
+)
 def test_the_real_rows(name: str) -> None:
     set_ = SETS[name]
     found = list(read_set(set_))
@@ -455,3 +482,31 @@ def test_the_real_templates() -> None:
     found = jailbreak_templates()
     assert len(found) == len({key for key, _ in found}) == 650 and all(SLOT in template for _, template in found)
     assert 100 < sum(not template.endswith(f"\n\n{SLOT}") for _, template in found) < 300
+
+
+def test_truthfulqa_from_a_source_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = MORE_CARDS["truthfulqa-bigbench"].members[0]
+    examples = [
+        {"input": f"What of {i}?", "target_scores": {f"True {i}": 1, f"False {i}": 0, "Never": 0}} for i in range(3)
+    ]
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    card = MORE_CARDS["truthfulqa-bigbench"]
+    with pytest.raises(Fault, match=r"bigbench==1.0.0 is a source archive.*put bigbench-1.0.0.tar.gz into"):
+        list(card.found())
+    (tmp_path / "task.json").write_text(json.dumps({"canary": "SECRET", "examples": examples}))
+    with tarfile.open(folder / "bigbench-1.0.0.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "task.json", member)
+    with pytest.raises(Fault, match="is pinned to"):
+        list(card.found())
+    sha = sha256((folder / "bigbench-1.0.0.tar.gz").read_bytes()).hexdigest()
+    card = replace(card, wheel=Archive("bigbench", "1.0.0", sha), rows=3)
+    found = list(read_set(card))
+    for i, row in enumerate(found):
+        letter = row.metadata["answer"]
+        assert row.metadata["choices"]["ABC".index(letter)] == f"True {i}" and "SECRET" not in json.dumps(row.to_json())
+    (folder / "bigbench-1.0.0.tar.gz").unlink()
+    assert list(read_set(card)) == found  # kept in the cache
+    with pytest.raises(UserError, match="must be a path inside"):
+        list(replace(card, members=("../task.json",)).found())

@@ -1,9 +1,11 @@
 """Data sets of the Hub by name, each at one commit: prompts only, by the columns that its card names.
 
-No other column is read into a row, so the sets' completions and optimisation targets (``completion`` of WildJailbreak,
-``Target`` of JailbreakBench, reference answers of GSM8K beyond the number) never leave the Hub's cache. ``datasets`` keeps
-what it fetched below ``HF_HOME``; afterwards no network is needed. Some sets are gated: one accepts their terms on the
-Hub and logs in. The commits, columns and counts are those that public loaders of the sets agree on (docs/tasks.md).
+``TRAINING_CARDS`` holds what a plain ``source: {hub: ...}`` cannot express of a training split; its answers are the safe
+ones that the set was made with. Of the sets for evaluation (``HUB_CARDS``) no other column is read into a row, so the
+sets' completions and optimisation targets (``completion`` of WildJailbreak, ``Target`` of JailbreakBench, reference
+answers of GSM8K beyond the number) never leave the Hub's cache. ``datasets`` keeps what it fetched below ``HF_HOME``;
+afterwards no network is needed. Some sets are gated: one accepts their terms on the Hub and logs in. The commits, columns
+and counts are those that public loaders of the sets agree on (docs/tasks.md).
 """
 
 from __future__ import annotations
@@ -102,7 +104,11 @@ def _records(card: HubCard) -> Iterator[Record]:
 
 
 def _gsm8k(index: int, record: Record) -> Row:
-    number = int(record["answer"].rpartition("####")[2].strip().replace(",", ""))
+    said = record["answer"].rpartition("####")[2].strip().replace(",", "")
+    try:
+        number = int(said)
+    except ValueError:
+        raise UserError(f"row 'gsm8k/{index}': its answer ends in {said[-40:]!r}, not in #### and a number") from None
     return prompt_row(
         "gsm8k",
         str(index),
@@ -163,6 +169,15 @@ def _wildjailbreak(name: str, data_type: str, harm: Harm) -> Callable[[int, Reco
         return prompt_row(name, str(index), record["adversarial"], harm, data_type)
 
     return to_row
+
+
+def _wildjailbreak_train(index: int, record: Record) -> Row:
+    wrapped, _, harm = record["data_type"].partition("_")
+    prompt = record["adversarial" if wrapped == "adversarial" else "vanilla"]
+    row = prompt_row(
+        "wildjailbreak-train", str(index), prompt, "harmful" if harm == "harmful" else "contrast", record["data_type"]
+    )
+    return row.with_answer(record["completion"].strip())
 
 
 # -- the sets ----------------------------------------------------------------------------------------------------------
@@ -291,4 +306,24 @@ HUB_CARDS: dict[str, HubCard] = {
             **_WILDJAILBREAK,
         ),
     )
+}
+
+TRAINING_CARDS: dict[str, HubCard] = {
+    "wildjailbreak-train": HubCard(
+        name="wildjailbreak-train",
+        about="WildJailbreak's training set: plain and wrapped requests, harmful and harmless, each with a safe answer "
+        "(2406.18510): chats to train on.",
+        hub="allenai/wildjailbreak",
+        config="train",
+        split="train",
+        commit=_WILDJAILBREAK["commit"],
+        columns=("vanilla", "adversarial", "completion", "data_type"),
+        options=_WILDJAILBREAK["options"],
+        licence="ODC-BY",
+        rows=261_559,
+        harm=None,
+        category="the data type",
+        gated=True,
+        to_row=_wildjailbreak_train,
+    ),
 }

@@ -1,8 +1,9 @@
 """Data files read out of pinned wheels: fetched once, checked against a sha256, single members copied, nothing executed.
 
-Only wheels are accepted (a source archive may run code when pip looks at it). What is fetched lies below
+Only wheels are fetched: pip runs a source archive's own code to look at it, so one (``Archive``) is read when someone has put
+it there, and is unpacked by us, member by member. What is fetched lies below
 ``cache_root()``; each copied member keeps its own sha256 beside it, so a flipped byte is found before it is used. For a
-machine without a network, put the wheel into ``cache_root()/wheels``.
+machine without a network, put the wheel or archive into ``cache_root()/wheels``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -46,6 +48,15 @@ class Wheel:
     def file_prefix(self) -> str:
         """How the wheel's file name begins (PEP 427 escaping)."""
         return re.sub(r"[-_.]+", "_", self.package).lower() + f"-{self.version}-"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive(Wheel):
+    """A pinned source archive: ``NAME-VERSION.tar.gz``, put there by hand; members are named from its top folder on."""
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.package}-{self.version}.tar.gz"
 
 
 def packaged_file(wheel: Wheel, member: str) -> Path:
@@ -86,6 +97,9 @@ def _is_whole(target: Path) -> bool:
 def _read_members(wheel: Wheel, members: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     if not members:
         return
+    if isinstance(wheel, Archive):
+        yield from _untar(_local_archive(wheel), wheel, members)
+        return
     local = _local_wheel(wheel)
     if local is not None:
         yield from _extract(local, wheel, members)
@@ -107,6 +121,37 @@ def _local_wheel(wheel: Wheel) -> Path | None:
             _check(path, wheel)
             return path
     return None
+
+
+def _local_archive(archive: Archive) -> Path:
+    path = cache_root() / "wheels" / archive.file_name
+    if not path.is_file():
+        raise Fault(
+            f"{archive.requirement} is a source archive, which is not fetched (pip runs its code to look at it): run `pip "
+            f"download --no-deps --no-binary :all: {archive.requirement}` in an environment that you can throw away and put "
+            f"{archive.file_name} into {path.parent}"
+        )
+    _check(path, archive)
+    return path
+
+
+def _untar(path: Path, archive: Archive, members: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """The members, in one pass over the archive (its order, not theirs)."""
+    left = set(members)
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for entry in tar:
+                data = tar.extractfile(entry) if entry.name in left and entry.isfile() else None
+                if data is not None:
+                    left.remove(entry.name)
+                    yield entry.name, data.read()
+                if not left:
+                    return
+    except (tarfile.TarError, OSError, EOFError) as error:
+        if isinstance(error, OSError) and is_no_space(error):
+            raise
+        raise Fault(f"{path.name} is not a readable archive ({error}); delete it and fetch it again") from None
+    raise UserError(f"{archive.requirement} has no member {min(left)!r}; list them with `tar tzf`")
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

