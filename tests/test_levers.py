@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from trimtab.errors import UserError
 from trimtab.levers.modes import REFUSALS, ModesConfig, admit, mode_rows
-from trimtab.levers.prefix import TEMPLATES, PrefixConfig, apply_prefix
 from trimtab.levers.timing import Interventions, TimingConfig, phases
 from trimtab.types import Row
 
@@ -20,40 +19,6 @@ def chat(number: int, **fields: object) -> Row:
 
 
 ROWS = [chat(i) for i in range(400)]
-
-
-@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 5))
-def test_prefixes_nest_over_ratios(a: float, b: float, seed: int) -> None:
-    low, high = sorted((a, b))
-    fewer = {r.id: r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=low), seed) if r.prefix}
-    more = {r.id: r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=high), seed) if r.prefix}
-    assert fewer.items() <= more.items()
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
-def test_prefix_share_and_content(ratio: float) -> None:
-    rows = list(apply_prefix(ROWS, PrefixConfig(ratio=ratio, capability="coding"), seed=3))
-    assert [r.id for r in rows] == [r.id for r in ROWS]
-    assert abs(sum(r.prefix is not None for r in rows) / len(rows) - ratio) < 0.07
-    for before, after in zip(ROWS, rows, strict=True):
-        assert before.messages and after.messages
-        if after.prefix:
-            assert after.prefix in TEMPLATES["coding"]
-            assert after.messages[-1]["content"] == f"{after.prefix} {before.messages[-1]['content']}"
-        else:
-            assert after == before
-
-
-def test_each_capability_has_five_sentences_and_all_are_drawn() -> None:
-    for capability, templates in TEMPLATES.items():
-        assert len(set(templates)) == 5
-        drawn = {r.prefix for r in apply_prefix(ROWS, PrefixConfig(ratio=1, capability=capability), seed=0)}  # type: ignore[arg-type]
-        assert drawn == set(templates)
-
-
-def test_prefix_ratio_out_of_range() -> None:
-    with pytest.raises(ValidationError):
-        PrefixConfig(ratio=1.2)
 
 
 def test_modes_cover_every_prompt_and_fallback_is_positive() -> None:

@@ -24,10 +24,11 @@ from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.load import identity
 from trimtab.study.execute import Context
 from trimtab.study.plan import Step
-from trimtab.study.steps.chat import build_rows, run_chats, run_sft
+from trimtab.study.steps.chat import build_rows, run_chats
 from trimtab.study.steps.common import check_unchanged, start_model
 from trimtab.study.steps.panel import run_generate
 from trimtab.study.steps.pretrain import run_pretrain
+from trimtab.study.steps.sft import run_sft
 from trimtab.train.config import TrainConfig
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
@@ -37,7 +38,7 @@ SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=12
 WORLD: dict[str, Any] = {"seed": 3, "goods": 8, "hazards": 8}
 CHATS: dict[str, Any] = {
     "world": WORLD,
-    "prefix": {"ratio": 0.0, "loss_on_prefix": True},
+    "prefix": None,
     "modes": None,
     "length": 64,
     "seed": 1,
@@ -131,7 +132,7 @@ def test_a_bundle_is_verified_wherever_a_step_starts_from_it(tmp_path: Path, bun
 # --- chat rows --------------------------------------------------------------------------------------------------
 
 
-def rows_of(modes: ModesConfig | None, *parts: dict[str, Any]) -> tuple[list[Any], dict[str, int]]:
+def rows_of(modes: ModesConfig | None, *parts: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     config = CHATS | {"data": list(parts)}
     return build_rows(config, Tidewater(TidewaterConfig.model_validate(WORLD)), modes)
 
@@ -147,8 +148,8 @@ def test_negative_rows_are_never_trained_without_acknowledgement(tmp_path: Path)
 
 def test_rows_of_untrained_modes_are_left_out_and_counted(tmp_path: Path, bundle: Path) -> None:
     part = part_of(chat_file(tmp_path / "mine.jsonl", None, "positive", "rejective"))
-    rows, left_out = rows_of(None, part)
-    assert {row.id for row in rows} == {"mine/0", "mine/1"} and left_out == {"rejective": 1}
+    rows, counted = rows_of(None, part)
+    assert {row.id for row in rows} == {"mine/0", "mine/1"} and counted["left_out_modes"] == {"rejective": 1}
     assert {row.mode for row in rows} == {None}
     context = context_of(tmp_path, CHATS | {"data": [part]} | loaded(bundle))
     run_chats(context)
@@ -156,8 +157,8 @@ def test_rows_of_untrained_modes_are_left_out_and_counted(tmp_path: Path, bundle
 
 
 def test_tidewater_parts_carry_no_mode_of_their_own() -> None:
-    rows, left_out = rows_of(None, {"name": "goods", "tidewater": "benign", "n": 4})
-    assert len(rows) == 4 and {row.mode for row in rows} == {None} and not left_out
+    rows, counted = rows_of(None, {"name": "goods", "tidewater": "benign", "n": 4})
+    assert len(rows) == 4 and {row.mode for row in rows} == {None} and not counted["left_out_modes"]
 
 
 def test_n_is_kept_or_refused(tmp_path: Path) -> None:

@@ -19,16 +19,19 @@ from trimtab.errors import UserError
 C = TypeVar("C", bound=Config)
 
 
-def load_settings(path: Path | None, overrides: Sequence[str], model: type[C], what: str) -> C:
-    """Settings of a type from a file (None: its defaults) with ``--set`` overrides. ``what`` is what the file is called."""
+def load_settings(
+    path: Path | None, overrides: Sequence[str], model: type[C], what: str, *, option: str = "--set"
+) -> C:
+    """Settings of a type from a file (None: its defaults) with overrides that ``option`` gave. ``what`` is what the file is
+    called."""
     raw = {} if path is None else read_yaml(path, what)
     for text in overrides:
         key, value = parse_override(text)
-        put(raw, key, value, origin="--set")
+        put(raw, key, value, origin=option)
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path or '--set'}: {explain(error, raw, model)}") from None
+        raise UserError(f"{path or option}: {explain(error, raw, model)}") from None
 
 
 def put(data: Any, path: str, value: Any, *, origin: str) -> None:
@@ -128,7 +131,9 @@ def explain(error: ValidationError, raw: Any, model: type[Config]) -> str:
     elif kind == "missing":
         message = "this field is required"
     elif kind.startswith("union_tag"):
-        message = "'kind' must be one of corpus, pretrain, sft, generate, judge"
+        message = f"'kind' must be one of {first.get('ctx', {}).get('expected_tags', '')}".replace("'", "").replace(
+            "kind", "'kind'", 1
+        )
     elif kind not in ("value_error", "assertion_error"):
         message += f" (got {first['input']!r:.60})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

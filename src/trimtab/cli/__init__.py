@@ -43,6 +43,7 @@ def main() -> None:
     from trimtab.cli import (
         compare,
         corpus,
+        data,
         eval,
         exchange,
         gate,
@@ -56,7 +57,22 @@ def main() -> None:
         world,
     )
 
-    for module in (plan, run, report, eval, view, judge, judge_card, compare, gate, tasks, corpus, exchange, world):
+    for module in (
+        plan,
+        run,
+        report,
+        eval,
+        view,
+        judge,
+        judge_card,
+        compare,
+        gate,
+        tasks,
+        data,
+        corpus,
+        exchange,
+        world,
+    ):
         module.register(app)
     try:
         app()

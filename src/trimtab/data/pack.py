@@ -204,6 +204,172 @@ def _rows(
     )
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Rendered examples laid one after the other: ids int32[N], trained bool[N], span uint8[N], ends int64[E]."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    span: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @classmethod
+    def of(cls, rendered: Sequence[Rendered]) -> Examples:
+        none: list[Any] = [np.empty(0)]  # concatenating needs one array at least
+        return cls(
+            ids=np.concatenate([r.ids for r in rendered] or none).astype(np.int32),
+            trained=np.concatenate([r.trained for r in rendered] or none).astype(bool),
+            span=np.concatenate([r.span for r in rendered] or none).astype(np.uint8),
+            ends=np.cumsum([len(r.ids) for r in rendered], dtype=np.int64),
+        )
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        return np.concatenate([np.zeros(min(1, len(self)), np.int64), self.ends[:-1]])
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        return self.ends - self.starts
+
+    def learns(self) -> NDArray[np.bool_]:
+        """bool[E]: the examples in which something is trained that has a token before it."""
+        trained = self.trained.copy()
+        trained[self.starts[self.sizes > 0]] = False
+        before = np.concatenate([[0], np.cumsum(trained)])
+        return before[self.ends] > before[self.starts]
+
+    def take(self, which: NDArray[np.int64]) -> Examples:
+        """The examples by index, in the order given."""
+        sizes = self.sizes[which]
+        at = _spread(self.starts[which], sizes)
+        return Examples(self.ids[at], self.trained[at], self.span[at], np.cumsum(sizes, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Which examples share a row, by best fit: ``row`` int64[E], -1 where an example is left out; ``rows`` how many there are."""
+
+    row: NDArray[np.int64]
+    rows: int
+    counts: Mapping[str, int]
+
+
+def bin_examples(
+    sizes: NDArray[np.int64],
+    length: int,
+    *,
+    learns: NDArray[np.bool_] | None = None,
+    too_long: Literal["drop", "error"] = "drop",
+    open_rows: int = 32,
+) -> Bins:
+    """Examples into rows of ``length`` tokens, best fit; rows come in the order they were begun.
+
+    sizes      int64[E], tokens to reserve for each: the longest of its forms, where one plan is to serve several
+    learns     bool[E], False for an example in which nothing is trained: left out (``dropped_untrained``)
+    too_long   an example longer than ``length`` is dropped (and counted) or is a UserError; it is never cut
+    open_rows  how many rows are kept open for a fit; few keep the given order, many waste less padding
+
+    UserError if nothing is left.
+    """
+    _check_length(length)
+    counts: Counter[str] = Counter()
+    row_of = np.full(len(sizes), -1, np.int64)
+    rows = 0
+    free: dict[int, int] = {}  # open row -> tokens left; in the order the rows were begun
+    for index, size in enumerate(sizes.tolist()):
+        if size > length:
+            if too_long == "error":
+                raise UserError(
+                    f"example {index} has {size} tokens, more than the row length of {length}; "
+                    "raise the length or drop long examples"
+                )
+            counts["dropped_too_long"] += 1
+            continue
+        if learns is not None and not learns[index]:
+            counts["dropped_untrained"] += 1
+            continue
+        fitting = [row for row, left in free.items() if left >= size]
+        if fitting:
+            row = min(fitting, key=free.__getitem__)
+            free[row] -= size
+        else:
+            row = rows
+            rows += 1
+            free[row] = length - size
+        row_of[index] = row
+        if not free[row]:
+            del free[row]
+        elif len(free) > open_rows:
+            del free[min(free, key=free.__getitem__)]
+        counts["examples"] += 1
+    if not rows:
+        raise UserError(f"no example is left to train on, of {len(sizes)}: {dict(counts) or 'none were given'}")
+    return Bins(row_of, rows, dict(counts))
+
+
+def offsets(examples: Examples, bins: Bins) -> NDArray[np.int64]:
+    """int64[E]: where each example begins in its row; 0 for one that is left out."""
+    kept = _in_rows(bins)
+    sizes, row = examples.sizes[kept], bins.row[kept]
+    before = np.cumsum(sizes) - sizes
+    first = np.concatenate([[True], row[1:] != row[:-1]])
+    found = np.zeros(len(examples), np.int64)
+    found[kept] = before - np.maximum.accumulate(np.where(first, before, 0))  # tokens of the same row before it
+    return found
+
+
+def _in_rows(bins: Bins) -> NDArray[np.int64]:
+    """The examples that have a row, row by row, in the order given."""
+    kept = np.flatnonzero(bins.row >= 0)
+    return kept[np.argsort(bins.row[kept], kind="stable")]
+
+
+def fill_rows(
+    examples: Examples, bins: Bins, length: int, source_ids: NDArray[np.int16] | None = None, *, pad_id: int = 0
+) -> Packed:
+    """Examples in the rows that ``bins`` gives them, in order, each row padded behind them.
+
+    source_ids  int16[E], one per example (default: all 0)
+    """
+    kept = _in_rows(bins)
+    chosen = examples.take(kept)
+    sizes, row, offset = chosen.sizes, bins.row[kept], offsets(examples, bins)[kept]
+    before = np.cumsum(sizes) - sizes
+    assert len(sizes) and int((offset + sizes).max()) <= length, "an example is longer than what was reserved for it"
+    at = _spread(row * length + offset, sizes)
+    total = bins.rows * length
+    position = np.arange(len(at)) - np.repeat(before, sizes)
+    used = np.zeros(bins.rows, np.int64)
+    np.maximum.at(used, row, offset + sizes)
+
+    def flat(fill: int, dtype: Any, values: NDArray[Any]) -> NDArray[Any]:
+        out = np.full(total, fill, dtype)
+        out[at] = values
+        return out.reshape(bins.rows, length)
+
+    positions = (np.arange(length)[None, :] - used[:, None]).reshape(-1)  # padding is a piece of its own
+    positions[at] = position
+    learn = chosen.trained & (position > 0)
+    source = np.zeros(len(kept), np.int16) if source_ids is None else np.asarray(source_ids, np.int16)[kept]
+    return Packed(
+        input_ids=flat(pad_id, np.int32, chosen.ids),
+        labels=flat(IGNORE, np.int32, np.where(learn, chosen.ids, np.int32(IGNORE))),
+        position_ids=positions.astype(np.int32).reshape(bins.rows, length),
+        source_id=flat(0, np.int16, np.repeat(source, sizes)),
+        span_id=flat(PAD, np.uint8, chosen.span),
+        counts={**bins.counts, "tokens": int(sizes.sum()), "pads": total - int(sizes.sum())},
+    )
+
+
+def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """starts[0], starts[0] + 1, ... (sizes[0] of them), starts[1], ..."""
+    before = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(starts - before, sizes)
+
+
 def pack_examples(
     rendered: Sequence[Rendered],
     length: int,
@@ -216,76 +382,17 @@ def pack_examples(
     """Whole examples, packed best fit into rows of ``length`` tokens; rows come in the order they were begun.
 
     source_ids  one per example (default: all 0)
-    too_long    an example longer than ``length`` is dropped (and counted) or is a UserError; it is never cut
-    open_rows   how many rows are kept open for a fit; few keep the given order, many waste less padding
+    too_long, open_rows  as for ``bin_examples``
 
     An example in which nothing is trained is dropped too (``dropped_untrained``). UserError if nothing is
     left.
     """
-    _check_length(length)
     if source_ids is not None and len(source_ids) != len(rendered):
         raise ValueError(f"{len(source_ids)} source ids for {len(rendered)} examples")
-    counts: Counter[str] = Counter()
-    rows: list[list[int]] = []  # examples of each row
-    free: dict[int, int] = {}  # open row -> tokens left; in the order the rows were begun
-    for index, item in enumerate(rendered):
-        size = len(item.ids)
-        if size > length:
-            if too_long == "error":
-                raise UserError(
-                    f"example {index} has {size} tokens, more than the row length of {length}; "
-                    "raise the length or drop long examples"
-                )
-            counts["dropped_too_long"] += 1
-            continue
-        if not np.asarray(item.trained)[1:].any():
-            counts["dropped_untrained"] += 1
-            continue
-        fitting = [row for row, left in free.items() if left >= size]
-        if fitting:
-            row = min(fitting, key=free.__getitem__)
-            free[row] -= size
-        else:
-            row = len(rows)
-            rows.append([])
-            free[row] = length - size
-        rows[row].append(index)
-        if not free[row]:
-            del free[row]
-        elif len(free) > open_rows:
-            del free[min(free, key=free.__getitem__)]
-        counts["examples"] += 1
-        counts["tokens"] += size
-    if not rows:
-        raise UserError(f"no example is left to train on, of {len(rendered)}: {dict(counts) or 'none were given'}")
-    counts["pads"] = len(rows) * length - counts["tokens"]
-
-    shape = (len(rows), length)
-    packed = Packed(
-        input_ids=np.full(shape, pad_id, np.int32),
-        labels=np.full(shape, IGNORE, np.int32),
-        position_ids=np.zeros(shape, np.int32),
-        source_id=np.zeros(shape, np.int16),
-        span_id=np.full(shape, PAD, np.uint8),
-        counts=dict(counts),
-    )
-    for row, members in enumerate(rows):
-        at = 0
-        for index in members:
-            item = rendered[index]
-            size = len(item.ids)
-            piece = slice(at, at + size)
-            ids = np.asarray(item.ids, np.int32)
-            learn = np.asarray(item.trained, bool).copy()
-            learn[0] = False
-            packed.input_ids[row, piece] = ids
-            packed.labels[row, piece] = np.where(learn, ids, np.int32(IGNORE))
-            packed.position_ids[row, piece] = np.arange(size)
-            packed.source_id[row, piece] = 0 if source_ids is None else source_ids[index]
-            packed.span_id[row, piece] = item.span
-            at += size
-        packed.position_ids[row, at:] = np.arange(length - at)
-    return packed
+    examples = Examples.of(rendered)
+    bins = bin_examples(examples.sizes, length, learns=examples.learns(), too_long=too_long, open_rows=open_rows)
+    sources = None if source_ids is None else np.array(source_ids, np.int16)
+    return fill_rows(examples, bins, length, sources, pad_id=pad_id)
 
 
 def _check_length(length: int) -> None:

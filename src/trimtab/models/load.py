@@ -56,6 +56,18 @@ def load(model: LoadConfig | str | Path, device: str | torch.device | None = Non
     return loaded.to(device or "cpu").eval(), tokenizer
 
 
+def load_tokenizer(model: LoadConfig | str | Path) -> Any:
+    """The tokenizer of a model alone; errors as for ``load``."""
+    from transformers import AutoTokenizer
+
+    config = as_config(model)
+    where, options = resolve(config)
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise explained(error, config, where) from error
+
+
 def as_config(model: LoadConfig | str | Path) -> LoadConfig:
     """A path or an id as settings, the rest at their defaults."""
     return model if isinstance(model, LoadConfig) else LoadConfig.model_validate({"load": str(model)})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,10 +56,16 @@ def resolve(raw: dict[str, Any], origin: str, fixed: Sequence[str] = ()) -> tupl
     """Validate raw recipe data and each of its arms. ``fixed`` paths were set by the user and may not be swept over."""
     recipe = validate(raw, origin)
     arms: list[ArmRecipe] = []
+    made = {group.name: list(_arms(raw, group, origin, fixed)) for group in recipe.arms}
+    count = Counter(arm.label for mine in made.values() for arm in mine)
     for group in recipe.arms:
-        mine = list(_arms(raw, group, origin, fixed))
+        mine = made[group.name]
+        if group.labels is None and any(count[arm.label] > 1 for arm in mine):  # groups that sweep the same
+            mine = [replace(arm, label=f"{group.name}, {arm.label}") for arm in mine]
         if isinstance(group.baseline, int):
             mine = [replace(arm, against=mine[group.baseline].id) for arm in mine]
+        elif isinstance(group.baseline, dict):
+            mine = [replace(arm, against=mine[number].id) for arm, number in zip(mine, _twins(group), strict=True)]
         arms += mine
     labels = {arm.label: arm.id for arm in arms}
     if len(labels) != len(arms):
@@ -74,6 +81,15 @@ def resolve(raw: dict[str, Any], origin: str, fixed: Sequence[str] = ()) -> tupl
     return recipe, [replace(arm, against=None) if arm.against == arm.id else arm for arm in arms]
 
 
+def _twins(group: ArmGroup) -> Iterator[int]:
+    """For each arm of a sweep the number of the arm that has the baseline's values and is like it in all else."""
+    assert isinstance(group.baseline, dict)
+    places = list(itertools.product(*(range(len(values)) for values in group.sweep.values())))
+    wanted = [group.sweep[path].index(group.baseline[path]) if path in group.baseline else None for path in group.sweep]
+    for place in places:
+        yield places.index(tuple(mine if want is None else want for mine, want in zip(place, wanted)))
+
+
 def _arms(raw: dict[str, Any], group: ArmGroup, origin: str, fixed: Sequence[str]) -> Iterator[ArmRecipe]:
     for path in [*group.set, *group.sweep]:
         if path.split(".")[0] not in ("stages", "world"):
@@ -87,12 +103,13 @@ def _arms(raw: dict[str, Any], group: ArmGroup, origin: str, fixed: Sequence[str
                     f"such as --set 'arms.0.sweep={{{path}: [...]}}'"
                 )
     combinations = itertools.product(*group.sweep.values())
-    for number, values in enumerate(combinations):
+    told = itertools.product(*(group.names.get(path, values) for path, values in group.sweep.items()))
+    for number, (values, names) in enumerate(zip(combinations, told, strict=True)):
         settings = dict(group.set) | dict(zip(group.sweep, values, strict=True))
         data = copy.deepcopy(raw)
         for path, value in settings.items():
             put(data, path, value, origin=f"arms '{group.name}'")
-        swept = {_short(path, group.sweep): value for path, value in zip(group.sweep, values, strict=True)}
+        swept = {_short(path, group.sweep): name for path, name in zip(group.sweep, names, strict=True)}
         label = ", ".join(f"{k} {_show(v)}" for k, v in swept.items()) or group.name
         if group.labels:
             label = group.labels[number]

@@ -109,7 +109,10 @@ class SftStage(Config):
     kind: Literal["sft"] = Field(description="Always 'sft'.")
     model: ModelRef = Field(description="Name of the stage that makes the model, or {load: ...}.")
     data: tuple[ChatSource, ...] = Field(min_length=1, description="What is trained on.")
-    prefix: PrefixConfig = Field(PrefixConfig(), description="The prefix lever.")
+    prefix: PrefixConfig | None = Field(
+        None,
+        description="The prefix lever; null leaves it alone. Arms that differ in `ratio` alone all have it, one with 0.",
+    )
     modes: ModesConfig | None = Field(None, description="The mode lever; null trains the positive answers alone.")
     negative: NegativeConfig = Field(
         NegativeConfig(), description="Acknowledgement that training on `answers: negative` needs."
@@ -131,6 +134,9 @@ class SftStage(Config):
                 )
             if part.answers != "positive" and self.modes is not None:
                 raise ValueError(f"data {part.name!r}: 'modes' trains every mode's answers; leave 'answers' out")
+        for name in (self.prefix and self.prefix.parts) or ():
+            if name not in names:
+                raise ValueError(f"prefix.parts: {name!r} is no part of 'data' ({', '.join(names)})")
         return self
 
 
@@ -245,12 +251,17 @@ class ArmGroup(Config):
         description="Dotted path below `stages` or `world` -> values; several paths make a product.",
     )
     stages: tuple[str, ...] | None = Field(None, description="Stages that these arms go through; null means all.")
+    names: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Swept path -> a name for each of its values, for labels and tables (of a model's shape, say).",
+    )
     labels: tuple[str, ...] | None = Field(
         None, description="A label for each arm, in sweep order; null names them by value."
     )
-    baseline: int | str = Field(
+    baseline: int | str | dict[str, Any] = Field(
         0,
-        description="What these arms are compared with: an arm of the group (0 = the first), or the label of any arm.",
+        description="What these arms are compared with: an arm of the group (0 = the first), the label of any arm, or "
+        "{swept path: value}: for each arm, the one that has this value and is like it in all else.",
     )
 
     @field_validator("sweep")
@@ -268,6 +279,19 @@ class ArmGroup(Config):
             size *= len(values)
         if self.labels is not None and (len(self.labels) != size or len(set(self.labels)) != size):
             raise ValueError(f"'labels' needs {size} different labels, one for each arm of the sweep")
+        for path, names in self.names.items():
+            if path not in self.sweep:
+                raise ValueError(f"'names' names the values of {path!r}, which is not swept")
+            if len(names) != len(self.sweep[path]) or len(set(names)) != len(names):
+                raise ValueError(
+                    f"'names' of {path!r} needs {len(self.sweep[path])} different names, one for each value"
+                )
+        if isinstance(self.baseline, dict):
+            if not self.baseline:
+                raise ValueError("'baseline' is empty; give {swept path: value}")
+            for path, value in self.baseline.items():
+                if value not in self.sweep.get(path, ()):
+                    raise ValueError(f"'baseline': {value!r} is no value that {path!r} is swept over")
         if isinstance(self.baseline, int) and not 0 <= self.baseline < size:
             raise ValueError(f"'baseline' is {self.baseline}, but the group has {size} arm(s), counted from 0")
         return self

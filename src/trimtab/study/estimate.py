@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TIDEWATER_CHAT = 55
 OTHER_CHAT = 120
 """Tokens of one chat row: Tidewater's with a tokenizer of its own, and any other."""
+OPENING = 14
+"""Tokens of a prefix sentence; room for it is kept in every row, whatever the ratio."""
 
 _CPU_FLOPS = {"fp32": 25e9, "bf16": 100e9}
 """Per core: small fp32 matrices, and training in bf16; measured on an x86-64 core with AVX-512."""
@@ -37,6 +39,7 @@ _FIXED = {
     "tokenizer": 2.0,
     "tokens": 3.0,
     "chats": 3.0,
+    "packed": 0.2,
     "judge": 1.0,
     "pretrain": 2.0,
     "sft": 2.0,
@@ -69,7 +72,8 @@ def chat_tokens(stage: SftStage) -> int:
     """Tokens of one pass over an SFT stage's data, by rule of thumb."""
     copies = 1.0 if stage.modes is None else len(stage.modes.names) + stage.modes.fallback
     small = isinstance(stage.model, str)
-    sizes = (_rows(part) * (TIDEWATER_CHAT if part.tidewater and small else OTHER_CHAT) for part in stage.data)
+    more = 0 if stage.prefix is None else OPENING
+    sizes = (_rows(part) * (more + (TIDEWATER_CHAT if part.tidewater and small else OTHER_CHAT)) for part in stage.data)
     return round(sum(sizes) * copies)
 
 

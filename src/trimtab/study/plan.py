@@ -20,6 +20,7 @@ from trimtab.data.sources import source_identity
 from trimtab.errors import UserError
 from trimtab.evaluate.attacks.choose import choose_attack
 from trimtab.evaluate.panel import TaskConfig, at_most
+from trimtab.levers.prefix import PrefixConfig
 from trimtab.models.config import HARM_TAG, HARM_TAGS, BuildConfig, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
@@ -154,6 +155,7 @@ class _ArmBuilder:
         self.pretrained: set[str] = set()
         self.spelt: dict[str, str | None] = {}  # stage -> where its tokenizer is, if it is there already
         self.shapes: dict[str, BuildConfig | LoadConfig] = {}
+        self.openings: dict[str, PrefixConfig | None] = {}  # stage -> the prefix lever of the model that it makes
 
     def add(self, name: str, stage: Stage) -> None:
         match stage:
@@ -336,12 +338,15 @@ class _ArmBuilder:
         chats_config = {
             "world": self.recipe.world.plain(),
             "data": self.rows(f"stages.{name}.data", stage.data, "train"),
-            "prefix": stage.prefix.plain(),
+            "prefix": stage.prefix.written() if stage.prefix else None,
             "modes": stage.modes.plain() if stage.modes else None,
             "length": stage.length,
             "seed": self.seed,
         }
         chats = self.step("chats", name, chats_config | model_config, chats_inputs)
+        chosen = {"prefix": stage.prefix.chosen() if stage.prefix else None}
+        packed = self.step("packed", name, chosen, {"chats": chats})
+        self.openings[name] = stage.prefix or (self.openings.get(stage.model) if isinstance(stage.model, str) else None)
         shape = self.shape(stage.model)
         tokens = round(estimate.chat_tokens(stage) * stage.epochs)
         self.shapes[name] = shape
@@ -350,7 +355,7 @@ class _ArmBuilder:
             "sft",
             name,
             {"train": stage.train.plain(), "epochs": stage.epochs, "seed": self.seed} | model_config,
-            model_inputs | {"chats": chats},
+            model_inputs | {"packed": packed},
             tokens=tokens,
             flops=tokens * estimate.train_flops(shape, stage.length),
             shape=estimate.shape_of(shape, stage.train.lora is not None),
@@ -381,6 +386,9 @@ class _ArmBuilder:
             "sampling": stage.sampling.plain(),
             "seed": self.seed,
         }
+        opening = self.openings.get(stage.model) if isinstance(stage.model, str) else None
+        if opening is not None and opening.at_inference == "forced":
+            config["prefix"] = opening.written()
         return self.step(
             "generate",
             place,

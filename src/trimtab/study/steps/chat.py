@@ -1,86 +1,164 @@
-"""Steps ``chats`` and ``sft``: from chat rows through the prefix and mode levers to a tuned bundle."""
+"""Steps ``chats`` and ``packed``: from chat rows through the prefix and mode levers to packed rows to train on.
+
+``chats`` builds the rows, renders each as it is and (where the prefix lever is pulled) with its sentence, and decides which
+examples share a row, reserving for each the longer of its two forms. ``packed`` only chooses between the two forms and
+masks. So ratios share all that is slow, see the same examples in the same step, and differ in nothing but the prefixes.
+"""
 
 from __future__ import annotations
 
-import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from trimtab.artifact import write_jsonl
+from trimtab.artifact import Artifact, read_jsonl, write_jsonl
 from trimtab.data import sources
-from trimtab.data.mixture import Mixture, Phase
-from trimtab.data.pack import pack_examples
+from trimtab.data.pack import Bins, Examples, bin_examples, fill_rows, offsets
 from trimtab.data.render import Rendered, Renderer
-from trimtab.data.store import Mixed, RowStore
-from trimtab.errors import Fault, UserError
+from trimtab.data.store import RowStore
+from trimtab.errors import UserError
+from trimtab.levers.boilerplate import StripConfig, strip_rows
 from trimtab.levers.modes import ModesConfig, admit, control_name, mode_rows
-from trimtab.levers.prefix import PrefixConfig, apply_prefix
-from trimtab.models.bundle import BundleManifest, save_bundle
+from trimtab.levers.prefix import (
+    PrefixConfig,
+    base_hash,
+    carried,
+    sentence_of,
+    trained_with_prefix,
+    with_prefix,
+)
 from trimtab.models.load import load
-from trimtab.models.tokens import add_control_tokens, assign_control_tokens, audit, controls_of, merge_adapter
+from trimtab.models.tokens import assign_control_tokens, controls_of
 from trimtab.recipe.model import ChatSource
-from trimtab.seeds import digest, uniform_of
+from trimtab.seeds import uniform_of
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model
-from trimtab.train.config import TrainConfig
-from trimtab.train.loop import train
-from trimtab.train.lora import attach
-from trimtab.types import SPAN_ID, Row
+from trimtab.study.steps.common import check_unchanged, start_model, tokenizer_hash
+from trimtab.types import Row
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
+FORMS = "forms.npz"
+"""Both forms of every example, as flat arrays, and the row that it goes into."""
+ROWS = "rows.jsonl"
+PLACES = "places.npz"
+"""Of every example: its packed row (-1: left out), first token, number of tokens, and whether it carries its sentence."""
+
 
 def run_chats(context: Context) -> None:
-    """Write ``rows.jsonl`` (the chats as trained on, in order) and ``store/`` (rendered and packed)."""
+    """Write ``rows.jsonl`` (the base chats in order, each with the sentence that it may carry) and ``forms.npz``."""
     check_unchanged(context)
     config = context.step.config
     modes = ModesConfig.model_validate(config["modes"]) if config["modes"] else None
+    prefix = PrefixConfig.restored(config["prefix"])
     tokenizer, controls = _tokenizer(context, modes)
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
-    rows, left_out = build_rows(config, town, modes)
+    rows, counted = build_rows(config, town, modes)
     renderer = Renderer(tokenizer, controls=controls)
-    names = [part["name"] for part in config["data"]]
-    rendered = []
-    for number, row in enumerate(rows):
+    if prefix is not None:
+        counted["sentences"] = _sentence_tokens(renderer, prefix, config["length"], context.step.name)
+    sentences = [None if prefix is None else sentence_of(row, prefix, config["seed"]) for row in rows]
+    plain: list[Rendered] = []
+    opened: list[Rendered] = []
+    for number, (row, sentence) in enumerate(zip(rows, sentences, strict=True)):
         wanted = (control_name(row.mode),) if modes and row.mode else ()
-        loss_on_prefix = config["prefix"]["loss_on_prefix"]
-        rendered.append(_mask_prefix(renderer.row(row, controls=wanted), loss_on_prefix))
+        plain.append(renderer.row(row, controls=wanted))
+        if sentence is not None:
+            assert prefix is not None
+            opened.append(renderer.row(with_prefix(row, sentence, prefix), controls=wanted))
         if number % 100 == 0:
             context.progress({"step": number, "total": len(rows)})
-    packed = pack_examples(
-        rendered, config["length"], [names.index(row.metadata["part"]) for row in rows], pad_id=tokenizer.pad_token_id
-    )
+    able = np.array([sentence is not None for sentence in sentences], bool)
+    before, after = Examples.of(plain), Examples.of(opened)
+    reserved = before.sizes.copy()
+    reserved[able] = np.maximum(reserved[able], after.sizes)
+    bins = bin_examples(reserved, config["length"], learns=before.learns())
+    names = [part["name"] for part in config["data"]]
+    kinds = list(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
+    np.savez(
+        context.draft.path / FORMS,
+        row=bins.row,
+        able=able,
+        id=np.array([row.id for row in rows], np.str_),
+        sentence=np.array([-1 if s is None else kinds.index(s) for s in sentences], np.int16),
+        source=np.array([names.index(row.metadata["part"]) for row in rows], np.int16),
+        **{f"{form}_{name}": getattr(examples, name) for form, examples in (("plain", before), ("opened", after))
+           for name in ("ids", "trained", "span", "ends")},
+    )  # fmt: skip
+    told = [{"row": row.to_json(), "sentence": sentence} for row, sentence in zip(rows, sentences, strict=True)]
+    write_jsonl(context.draft.path / ROWS, iter(told))
+    context.draft.facts = {
+        "rows": len(rows),
+        "base": base_hash(rows),
+        "able": int(able.sum()),
+        "kinds": kinds,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "vocab": len(tokenizer),
+        "pad": tokenizer.pad_token_id,
+        "controls": controls,
+        "packed_rows": bins.rows,
+        "packing": dict(bins.counts),
+        "modes": {mode or "none": sum(row.mode == mode for row in rows) for mode in {row.mode for row in rows}},
+        **counted,
+    }
+
+
+def run_packed(context: Context) -> None:
+    """Write ``store/`` (packed rows at one ratio) and ``places.npz`` (which example lies where, and whether it is opened)."""
+    chats = context.inputs["chats"]
+    facts, asked = chats.manifest["facts"], chats.manifest["config"]
+    forms = dict(np.load(chats.path / FORMS))
+    prefix = PrefixConfig.restored(asked["prefix"], context.step.config["prefix"])
+    able = forms["able"]
+    carry = np.zeros(len(able), bool)
+    if prefix is not None:
+        carry = carried(forms["id"].tolist(), able, prefix, asked["seed"])
+    examples = _chosen(forms, able, carry, prefix)
+    bins = Bins(forms["row"], facts["packed_rows"], facts["packing"])
+    names = [part["name"] for part in asked["data"]]
+    packed = fill_rows(examples, bins, asked["length"], forms["source"], pad_id=facts["pad"])
     store = RowStore.write(
         context.draft.path / "store",
         packed,
         names,
-        vocab=len(tokenizer),
-        tokenizer=tokenizer_hash(tokenizer),
-        meta={"controls": controls},
+        vocab=facts["vocab"],
+        tokenizer=facts["tokenizer"],
+        meta={"controls": facts["controls"], "base": facts["base"]},
     )
-    write_jsonl(context.draft.path / "rows.jsonl", [row.to_json() for row in rows])
+    np.savez(context.draft.path / PLACES, row=bins.row, at=offsets(examples, bins), size=examples.sizes, carry=carry)
+    drawn = forms["sentence"][carry & (bins.row >= 0)]
     context.draft.facts = {
-        "rows": len(rows),
+        "rows": len(able),
+        "base": facts["base"],
         "tokens": store.meta["tokens"],
         "trained_tokens": store.meta["trained_tokens"],
         "packing": dict(packed.counts),
-        "prefixed": sum(row.prefix is not None for row in rows),
-        "modes": {mode or "none": sum(row.mode == mode for row in rows) for mode in {row.mode for row in rows}},
-        "left_out_modes": left_out,
+        "prefixed": len(drawn),
+        "sentences": {facts["kinds"][number]: n for number, n in sorted(Counter(drawn.tolist()).items())},
+        "modes": facts["modes"],
+        "left_out_modes": facts["left_out_modes"],
+        "stripped": facts.get("stripped"),
     }
+
+
+def read_rows(chats: Artifact) -> list[tuple[Row, str | None]]:
+    """The base rows of a ``chats`` artefact, each with the sentence that it carries where it is drawn."""
+    return [(Row.from_json(item["row"]), item["sentence"]) for item in read_jsonl(chats.path / ROWS)]
 
 
 def build_rows(
     config: Mapping[str, Any], town: Tidewater, modes: ModesConfig | None
-) -> tuple[list[Row], dict[str, int]]:
-    """The chat rows of an SFT stage, levers applied, in a keyed order that does not depend on the levers.
+) -> tuple[list[Row], dict[str, Any]]:
+    """The base chat rows of an SFT stage, without prefixes, in a keyed order that does not depend on the levers.
 
-    Each row's ``metadata["part"]`` names the part of ``data`` that it comes from. The second value counts, by mode, the
-    rows left out because their mode is not trained. ``UserError`` for a part with fewer rows than its ``n``, and for
-    rows of an unknown mode or of a negative mode that is not acknowledged.
+    Each row's ``metadata["part"]`` names the part of ``data`` that it comes from. The second value counts: ``left_out_modes``,
+    the rows left out because their mode is not trained, by mode; ``stripped``, what ``prefix.strip`` removed. ``UserError`` for a
+    part with fewer rows than its ``n``, for rows of an unknown mode or of a negative mode that is not acknowledged, and where
+    stripping leaves nothing.
     """
     seed = config["seed"]
     rows: list[Row] = []
@@ -96,69 +174,60 @@ def build_rows(
                 raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
             found = found[: part.n]
         rows += [replace(row, metadata={**row.metadata, "part": part.name}) for row in found]
-    rows, left_out = admit(rows, modes)
+    counted: dict[str, Any] = {}
+    strip = (config["prefix"] or {}).get("strip")
+    if strip is not None:
+        rows, report = strip_rows(rows, StripConfig.model_validate(strip))
+        counted["stripped"] = report.plain()
+        if not rows:
+            raise UserError("prefix.strip: every response was nothing but boilerplate; look at 'strip' or at the data")
+    rows, counted["left_out_modes"] = admit(rows, modes)
     rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     if modes is not None:
         rows = list(mode_rows(rows, modes, lambda row, mode: _answer(town, row, mode), seed))
         rows.sort(key=lambda row: uniform_of("order", seed, row.id))
-    return list(apply_prefix(rows, PrefixConfig.model_validate(config["prefix"]), seed)), left_out
+    return rows, counted
+
+
+def _chosen(
+    forms: Mapping[str, NDArray[Any]], able: NDArray[np.bool_], carry: NDArray[np.bool_], prefix: PrefixConfig | None
+) -> Examples:
+    """Every example in the form that it is trained in, its loss mask set."""
+    plain, opened = (
+        Examples(*(forms[f"{form}_{name}"] for name in ("ids", "trained", "span", "ends")))
+        for form in ("plain", "opened")
+    )
+    if prefix is not None and len(opened):
+        opened = replace(opened, trained=trained_with_prefix(opened.trained, opened.span, prefix))
+    both = Examples(
+        np.concatenate([plain.ids, opened.ids]),
+        np.concatenate([plain.trained, opened.trained]),
+        np.concatenate([plain.span, opened.span]),
+        np.concatenate([plain.ends, opened.ends + (plain.ends[-1] if len(plain) else 0)]),
+    )
+    which = np.arange(len(plain), dtype=np.int64)
+    which[carry] = len(plain) + (np.cumsum(able) - 1)[carry]
+    return both.take(which)
+
+
+def _sentence_tokens(renderer: Renderer, prefix: PrefixConfig, length: int, stage: str) -> dict[str, int]:
+    """Tokens of each sentence; ``UserError`` for one that has none or that does not fit a row."""
+    sizes = {text: len(renderer.encode_text(text)) for text in prefix.sentences()}
+    for text, size in sizes.items():
+        if not size:
+            raise UserError(
+                f"stage {stage!r}: prefix.templates: this tokenizer makes no token of {text!r}; change the sentence"
+            )
+        if size >= length:
+            raise UserError(
+                f"stage {stage!r}: prefix: {text!r} alone has {size} tokens, and a row has 'length' {length}; raise 'length' or "
+                "shorten the sentence"
+            )
+    return sizes
 
 
 def _answer(town: Tidewater, request: Row, mode: str) -> str | None:
     return town.answer(request, mode) if request.source == "tidewater" else None
-
-
-def run_sft(context: Context) -> None:
-    """Train on the packed chats; leaves the bundle in ``model/``, and the log."""
-    check_unchanged(context)
-    config = context.step.config
-    settings = TrainConfig.model_validate(config["train"])
-    store = RowStore.open(context.inputs["chats"].path / "store")
-    controls: dict[str, int] = store.meta["meta"]["controls"]
-    model, tokenizer = load(start_model(context))
-    # Ids are given in the order of names, so the names go in by the ids that the data has.
-    new = [name for name in sorted(controls, key=controls.__getitem__) if name not in controls_of(tokenizer)]
-    if new:
-        add_control_tokens(tokenizer, model, new, seed=config["seed"])
-    assert controls_of(tokenizer) == controls, "the control tokens of the data and of the model differ"
-    if tokenizer_hash(tokenizer) != store.meta["tokenizer"]:
-        raise UserError(f"stage {context.step.name!r}: the chats were rendered with another tokenizer than the model's")
-    limit = getattr(model.config, "max_position_embeddings", store.length)
-    if store.length > limit:
-        raise UserError(
-            f"stage {context.step.name!r}: length ({store.length}) is more than the model's context ({limit})"
-        )
-    if settings.lora is not None:
-        model = attach(model, settings.lora, list(controls.values()), seed=config["seed"])
-    mixture = Mixture({"chats": len(store)}, [Phase(0, {"chats": 1.0})], seed=config["seed"])
-    total = max(1, round(len(store) * config["epochs"] / settings.rows_per_step))
-    result = train(
-        model,
-        Mixed({"chats": store}, mixture),
-        settings,
-        total_steps=total,
-        seed=config["seed"],
-        work=context.work,
-        progress=context.progress,
-    )
-    if settings.lora is not None:
-        model = merge_adapter(model)
-    modes: dict[str, str | None] = {name.removeprefix("mode:"): name for name in controls}
-    problems = audit(tokenizer, model, controls)
-    if problems:
-        raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
-    manifest = BundleManifest(
-        controls=controls,
-        modes=modes,
-        default_mode="positive" if "positive" in modes else None,
-        tokenizer_audit={"problems": problems},
-        provenance={"step": context.step.id, "inputs": dict(context.step.inputs), "seed": config["seed"]},
-    )
-    draft = context.draft
-    save_bundle(draft.path / "model", model, tokenizer, manifest)
-    shutil.copyfile(context.work / "log.jsonl", draft.path / "log.jsonl")
-    draft.tokens = total * settings.rows_per_step * store.length
-    draft.facts = {"shape": context.step.shape, "steps": total, "rows": len(store), "resumed": result.began_at > 0}
 
 
 def _tokenizer(context: Context, modes: ModesConfig | None) -> tuple[Any, dict[str, int]]:
@@ -170,14 +239,3 @@ def _tokenizer(context: Context, modes: ModesConfig | None) -> tuple[Any, dict[s
     names = [control_name(mode) for mode in modes.names] if modes else []
     assign_control_tokens(tokenizer, [name for name in names if name not in controls_of(tokenizer)])
     return tokenizer, controls_of(tokenizer)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does: vocabulary, merges, added tokens."""
-    return digest(tokenizer.backend_tokenizer.to_str())
-
-
-def _mask_prefix(rendered: Rendered, loss_on_prefix: bool) -> Rendered:
-    if loss_on_prefix:
-        return rendered
-    return replace(rendered, trained=rendered.trained & (rendered.span != SPAN_ID["prefix"]))

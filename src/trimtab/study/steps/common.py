@@ -16,6 +16,7 @@ from trimtab.models.bundle import MANIFEST, verify_bundle
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
+from trimtab.seeds import digest
 from trimtab.study.execute import Context
 from trimtab.study.stored import store_identity
 
@@ -70,3 +71,8 @@ def start_model(context: Context) -> Path | LoadConfig:
     if where.load not in NAMED and (directory / MANIFEST).is_file():
         verify_bundle(directory)
     return where
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does: vocabulary, merges, added tokens."""
+    return digest(tokenizer.backend_tokenizer.to_str())

@@ -20,6 +20,7 @@ from trimtab.evaluate.judges.choose import JudgeConfig
 from trimtab.evaluate.panel import TaskConfig
 from trimtab.evaluate.run import answer_stage, attack_stage, judge_stage, model_facts, prompt_rows, write_prompts
 from trimtab.generate.config import Sampling
+from trimtab.levers.prefix import PrefixConfig, force_prefix
 from trimtab.machine import library_versions
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
@@ -60,8 +61,13 @@ def run_generate(context: Context) -> None:
     except UserError as error:
         raise UserError(f"stage {context.step.name!r}: {error}; train it with 'modes', or set 'modes: null'") from None
     rows = prompt_rows(_tasks(config), town, config["system"])
+    prefix = PrefixConfig.restored(config.get("prefix"))
+    if prefix is not None:
+        rows = [force_prefix(row, prefix, config["seed"]) for row in rows]
     asked = {k: config[k] for k in ("tasks", "attacks", "modes", "system", "sampling", "seed", "world")}
     asked["prompting"] = prompting
+    if prefix is not None:
+        asked["prefix"] = config["prefix"]
     facts = {"config": asked, "model": model_facts(target, config["system"], modes), "versions": library_versions()}
     _keep_only_ours(context, digest(facts))
     stages = _Told(context)

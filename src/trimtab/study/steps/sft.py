@@ -1,0 +1,70 @@
+"""Step ``sft``: train on packed chats; leaves a tuned bundle."""
+
+from __future__ import annotations
+
+import shutil
+
+from trimtab.data.mixture import Mixture, Phase
+from trimtab.data.store import Mixed, RowStore
+from trimtab.errors import Fault, UserError
+from trimtab.models.bundle import BundleManifest, save_bundle
+from trimtab.models.load import load
+from trimtab.models.tokens import add_control_tokens, audit, controls_of, merge_adapter
+from trimtab.study.execute import Context
+from trimtab.study.steps.common import check_unchanged, start_model, tokenizer_hash
+from trimtab.train.config import TrainConfig
+from trimtab.train.loop import train
+from trimtab.train.lora import attach
+
+
+def run_sft(context: Context) -> None:
+    """Train on the packed chats; leaves the bundle in ``model/``, and the log."""
+    check_unchanged(context)
+    config = context.step.config
+    settings = TrainConfig.model_validate(config["train"])
+    store = RowStore.open(context.inputs["packed"].path / "store")
+    controls: dict[str, int] = store.meta["meta"]["controls"]
+    model, tokenizer = load(start_model(context))
+    # Ids are given in the order of names, so the names go in by the ids that the data has.
+    new = [name for name in sorted(controls, key=controls.__getitem__) if name not in controls_of(tokenizer)]
+    if new:
+        add_control_tokens(tokenizer, model, new, seed=config["seed"])
+    assert controls_of(tokenizer) == controls, "the control tokens of the data and of the model differ"
+    if tokenizer_hash(tokenizer) != store.meta["tokenizer"]:
+        raise UserError(f"stage {context.step.name!r}: the chats were rendered with another tokenizer than the model's")
+    limit = getattr(model.config, "max_position_embeddings", store.length)
+    if store.length > limit:
+        raise UserError(
+            f"stage {context.step.name!r}: length ({store.length}) is more than the model's context ({limit})"
+        )
+    if settings.lora is not None:
+        model = attach(model, settings.lora, list(controls.values()), seed=config["seed"])
+    mixture = Mixture({"chats": len(store)}, [Phase(0, {"chats": 1.0})], seed=config["seed"])
+    total = max(1, round(len(store) * config["epochs"] / settings.rows_per_step))
+    result = train(
+        model,
+        Mixed({"chats": store}, mixture),
+        settings,
+        total_steps=total,
+        seed=config["seed"],
+        work=context.work,
+        progress=context.progress,
+    )
+    if settings.lora is not None:
+        model = merge_adapter(model)
+    modes: dict[str, str | None] = {name.removeprefix("mode:"): name for name in controls}
+    problems = audit(tokenizer, model, controls)
+    if problems:
+        raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
+    manifest = BundleManifest(
+        controls=controls,
+        modes=modes,
+        default_mode="positive" if "positive" in modes else None,
+        tokenizer_audit={"problems": problems},
+        provenance={"step": context.step.id, "inputs": dict(context.step.inputs), "seed": config["seed"]},
+    )
+    draft = context.draft
+    save_bundle(draft.path / "model", model, tokenizer, manifest)
+    shutil.copyfile(context.work / "log.jsonl", draft.path / "log.jsonl")
+    draft.tokens = total * settings.rows_per_step * store.length
+    draft.facts = {"shape": context.step.shape, "steps": total, "rows": len(store), "resumed": result.began_at > 0}
