@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from trimtab.config import Config
+from trimtab.data.thinking import split_block
 from trimtab.types import Row
 
 How = Literal["rule", "common"]
@@ -24,7 +25,6 @@ FEWEST = 5
 """Rows that must share an opening before it can count as common, however small the set."""
 
 _SENTENCE = re.compile(r"\s*([^\n]*?(?:[.!?:…](?=[\s*_\"')]|\Z)[*_\"')]*|(?=\n)|\Z))\s*")
-_THINK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _CONTENT = re.compile(r"[\d`=<>{}\\]")
 
 
@@ -127,8 +127,7 @@ def strip_rows(rows: Iterable[Row], config: StripConfig) -> tuple[list[Row], Str
             kept.append(row)
             continue
         content = row.messages[-1]["content"]
-        think = _THINK.match(content)
-        at = 0 if think is None else think.end()
+        at = _answer_at(content)
         removed, rest = _opening(content[at:], row.prefix, common, config)
         if not removed:
             kept.append(row)
@@ -142,6 +141,12 @@ def strip_rows(rows: Iterable[Row], config: StripConfig) -> tuple[list[Row], Str
         bare = {**row.messages[-1], "content": content[:at] + rest}
         kept.append(replace(row, messages=(*row.messages[:-1], bare), prefix=None))  # type: ignore[arg-type]
     return kept, report
+
+
+def _answer_at(content: str) -> int:
+    """Where the answer begins: behind its reasoning block, if it has one."""
+    block = split_block(content)
+    return 0 if block is None else block.answer_at
 
 
 def _opening(
@@ -180,8 +185,7 @@ def _common(rows: Sequence[Row], config: StripConfig) -> frozenset[str]:
             continue
         total += 1
         content = row.messages[-1]["content"]
-        think = _THINK.match(content)
-        found = _SENTENCE.match(content, 0 if think is None else think.end())
+        found = _SENTENCE.match(content, _answer_at(content))
         if found and (sentence := found[1].strip()) and not _CONTENT.search(sentence):
             count[sentence] += 1
             rests.setdefault(sentence, set()).add(content[found.end() :].strip())

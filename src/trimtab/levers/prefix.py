@@ -12,7 +12,6 @@ and is trained on it, as only then "prefix tokens carry larger gradients" says a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from trimtab.config import Config
+from trimtab.data.thinking import prefix_place, split_block
 from trimtab.errors import UserError
 from trimtab.levers.boilerplate import StripConfig
 from trimtab.seeds import digest, seed_of, uniform_of
@@ -93,9 +93,6 @@ KEYWORD_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 """Sentences with one place for a cue word; without the word they still read well, so that an empty ``keyword`` is the control
 that differs from the cue in that word alone."""
-
-_THINK_OPEN = re.compile(r"\s*<think>\s*")
-_THINK_WHOLE = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 class PrefixConfig(Config):
@@ -252,7 +249,8 @@ def with_prefix(row: Row, sentence: str, config: PrefixConfig) -> Row:
         if asked is None:
             raise UserError(f"row {row.id!r}: prefix placement 'input' needs a user message, and there is none")
         return replace(row, messages=_opened(row.messages, asked, 0, sentence), prefix=sentence, prefix_at="input")
-    at = _places(row.messages[-1]["content"])[1 if config.opens == "reasoning" else 2]
+    block = split_block(row.messages[-1]["content"])
+    at = 0 if block is None else block.reasoning_at if config.opens == "reasoning" else block.answer_at
     return replace(row, messages=_opened(row.messages, len(row.messages) - 1, at, sentence), prefix=sentence)
 
 
@@ -281,16 +279,12 @@ def _bare(row: Row) -> Row:
     wanted = "user" if row.prefix_at == "input" else "assistant"
     where = max(i for i, m in enumerate(row.messages) if m["role"] == wanted)
     content = row.messages[where]["content"]
-    at = next(at for at in _places(content) if content.startswith(row.prefix, at))
+    place = prefix_place(content, row.prefix)
+    if place is None:
+        raise UserError(f"row {row.id!r}: its prefix {row.prefix!r} does not open its {wanted} message")
     messages = list(row.messages)
-    messages[where] = {**messages[where], "content": content[:at] + content[at + len(row.prefix) :].removeprefix(" ")}
+    messages[where] = {**messages[where], "content": content[: place[0]] + content[place[1] :].removeprefix(" ")}
     return replace(row, messages=tuple(messages), prefix=None, prefix_at=None)
-
-
-def _places(content: str) -> tuple[int, int, int]:
-    """Where a response may open: at its first character, its reasoning's, its answer's (equal where there is no reasoning)."""
-    opened, whole = _THINK_OPEN.match(content), _THINK_WHOLE.match(content)
-    return 0, opened.end() if opened else 0, whole.end() if whole else 0
 
 
 def _drawn(row: Row, config: PrefixConfig, seed: int) -> str:
