@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trimtab.evaluate import refusals, stats
+from trimtab.data.thinking import without_reasoning
+from trimtab.evaluate import stats
 
 if TYPE_CHECKING:
     from trimtab.evaluate.metrics import Record
@@ -33,10 +34,7 @@ def answer_of(record: Record) -> str:
     if said is not None:
         return f"said: {said}"
     text = record.generation.text
-    think = refusals.THINK.match(text)
-    if think and "</think>" in text:
-        text = text[think.end() :]
-    return " ".join(text.casefold().split())
+    return " ".join((without_reasoning(text) or text).casefold().split())
 
 
 def distinct_answers(records: Sequence[Record]) -> float:
