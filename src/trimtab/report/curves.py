@@ -16,7 +16,7 @@ from trimtab.report.view import View
 
 HEIGHT, DODGE, LINE = 214.0, 2.4, 12.5
 """Of a figure; percent of the ratio between the points of neighbouring series; between labels at the lines' ends."""
-LABEL = 17
+LABEL = 16
 """Characters of a label at a line's end; the legend has the whole."""
 TRAINING = "training"
 
@@ -41,7 +41,8 @@ def groups(view: View) -> list[Group]:
     for name in dict.fromkeys(c.group for c in curves):
         mine = [c for c in curves if c.group == name]
         lead = _leading(mine)
-        leading, further = [], []
+        leading: list[Figure] = []
+        further: list[Figure] = []
         for key in dict.fromkeys(map(_key, mine)):
             some = [c for c in mine if _key(c) == key and c.pooled == 1]
             if some:
@@ -89,7 +90,7 @@ def _bounds(curves: Sequence[RatioCurve]) -> tuple[float, float]:
 def _figure(key: str, curves: Sequence[RatioCurve], bounds: tuple[float, float], order: Sequence[str]) -> Figure:
     first = curves[0]
     labels = {c.series: fmt.one_line(c.series, LABEL) for c in curves} if len(curves) > 1 else {}
-    right = 12.0 + 5.6 * max((len(text) for text in labels.values()), default=0)
+    right = 12.0 + 7.0 * max((len(text) for text in labels.values()), default=0)
 
     def paint(figure: Any) -> None:
         ax = svg.axes(figure, 42, 34, right, 8)

@@ -281,7 +281,7 @@ def doses(view: View) -> dict[str, Any] | None:
     sources = list(dict.fromkeys(row["source"] for rows in told.values() for row in rows))
     sections = []
     for heading, families in view.ordered():
-        lines = []
+        lines: list[tuple[str, str, list[dict[str, Any] | None], str]] = []
         for family in families:
             arm = next((i for i in family.ids if i in told), None)
             if arm is None:

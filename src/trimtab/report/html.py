@@ -31,6 +31,8 @@ PAGE = Path(__file__).parent / "page"
 OPEN_SAMPLES = 3
 MANY_STEPS = 40
 """More steps than this are summed up by kind, and listed folded away."""
+MANY_ARMS = 24
+"""More arms than this are listed folded away."""
 ANSWER_LIMIT = 4000
 """Characters of one answer or message that the page shows; ``results.json`` holds all of it."""
 
@@ -117,6 +119,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         comparisons_by=_by_model(view, comparisons) if gridded else [],
         kinds=_kinds(data.costs),
         many_steps=MANY_STEPS,
+        many_arms=MANY_ARMS,
         intervals=sorted({name for cell in view.cells.values() for name in cell.intervals}),
         costs=data.costs,
         samples=[_sample(view, sample) for sample in data.samples],

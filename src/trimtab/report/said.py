@@ -14,18 +14,16 @@ MOST = 3
 
 
 def findings(curves: Sequence[RatioCurve]) -> list[Finding]:
-    """One for each arm group (and form of the lever), and first how many trends there are and how many are clear."""
+    """One for each arm group (and form of the lever), and at last how many trends there are and how many are clear."""
     leading: list[Finding] = []
-    shown: list[RatioCurve] = []
     for group in dict.fromkeys(c.group for c in curves):
         main = _together(main_curves(curves, group))
         for form in dict.fromkeys(c.series for c in main if c.pooled > 1) or dict.fromkeys(c.series for c in main):
             mine = [c for c in main if c.series == form]
             kind = min((c.kind for c in mine), key=_KINDS.index)
             told = [c for c in mine if c.kind == kind][:MOST]
-            shown += told
             leading.append(Finding(f"{_heading(group, form)}: {' '.join(_sentence(c) for c in told)}"))
-    return [_overall(curves), *leading] if leading else []
+    return [*leading, _overall(curves)] if leading else []
 
 
 def _together(curves: Sequence[RatioCurve]) -> list[RatioCurve]:
@@ -43,15 +41,17 @@ def _sentence(c: RatioCurve) -> str:
     value, low, high = (100 * ends[k] for k in ("difference", "low", "high"))
     if math.isnan(value):
         return f"{c.label} on {c.task} could not be compared from {first} to {last} of prefixes."
-    moved = "gained" if value > 0 else "lost" if value < 0 else "did not move"
-    if c.direction == "lower":
-        moved = {"gained": "rose by", "lost": "fell by"}.get(moved, moved)
-    points = f" {abs(value):.1f} points" if value else ""
-    clear = "clear of zero" if low > 0 or high < 0 else "not clear of zero"
+    clear = low > 0 or high < 0
+    up, down = ("rose by", "fell by") if c.direction == "lower" else ("gained", "lost")
+    moved = (
+        f"{up if value > 0 else down} {abs(value):.1f} points"
+        if clear
+        else f"showed no clear change ({value:+.1f} points)"
+    )
     text = (
-        f"{c.label} on {c.task} {moved}{points} from {first} to {last} of prefixes ({_percent(c.values[0])} to "
-        f"{_percent(c.values[-1])}; 95 % interval of the difference {low:+.1f} to {high:+.1f}, {clear}; n = {ends['n']}, "
-        f"{c.seeds} seed{'s' if c.seeds != 1 else ''})"
+        f"{c.label} on {c.task} {moved} from {first} to {last} of prefixes ({_percent(c.values[0])} to "
+        f"{_percent(c.values[-1])}; 95 % interval of the difference {low:+.1f} to {high:+.1f}; n = {ends['n']}, "
+        f"{ends['seeds']} seed{'s' if ends['seeds'] != 1 else ''})"
     )
     if len(c.ratios) > 2 and not math.isnan(trend["difference"]):
         rise = 100 * trend["difference"]
@@ -76,9 +76,9 @@ def _overall(curves: Sequence[RatioCurve]) -> Finding:
     apart = sum(1 for c in tested if c.trend["low"] > 0 or c.trend["high"] < 0)
     held = sum(1 for c in tested if (c.trend.get("p_holm") or 1) < 0.05)
     chance = math.ceil(0.05 * len(tested))
-    sizes = " over what else is swept together (sizes, say)" if together else ""
+    sizes = "with the lines of a group taken together, " if together else ""
     return Finding(
-        f"Of {len(tested)} trends over the ratio{sizes}, every metric and decoder counted, {apart} "
+        f"Of {len(tested)} trends over the ratio ({sizes}every measure and decoder counted) {apart} "
         f"{'has' if apart == 1 else 'have'} an interval clear of zero (about {chance} would by chance alone) and {held} "
         f"{'holds' if held == 1 else 'hold'} after Holm's adjustment."
     )
