@@ -248,9 +248,11 @@ class _Study(Studied):
         prompts = len({r.row.id for arm in self.arms for r in self.of_arm(arm)})
         judged = {a.id: a for arm in self.arms for _, a in self.judged[arm["id"]]}
         answers = sum(len(self.records(a)) for a in judged.values())
+        asked = {frozenset(k[1] for k in cell.values) for cell in self.cells.by_arm.values()}
+        panel = "the same panel of" if len(asked) < 2 else "panels of their own, in all of"
         over = f" at up to {len(self.places)} places (model × decoder)" if self.gridded else ""
         return [
-            f"{arms} arms with {seeds} seed{'s' if seeds > 1 else ''} each were put through the same panel of {prompts} "
+            f"{arms} arms with {seeds} seed{'s' if seeds > 1 else ''} each were put through {panel} {prompts} "
             f"prompts{over} ({answers:,} answers). {trained:,} tokens were trained; without sharing equal work it would have "
             f"been {alone:,}. All steps together took {seconds / 60:.1f} minutes.",
             *self._twins(),
