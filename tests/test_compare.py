@@ -75,7 +75,9 @@ def test_a_named_metric_must_be_there_and_be_comparable() -> None:
     a, b = evaluation("sus", name="a"), evaluation("sss", name="b")
     with pytest.raises(UserError, match="'accuracy': no prompt"):
         side_by_side(a, b, metrics=["accuracy"])
-    with pytest.raises(UserError, match="'safe_at_3' cannot be compared; use one of risk_rate"):
+    with pytest.raises(UserError, match="'queries_to_success' cannot be compared; use one of risk_rate"):
+        side_by_side(a, b, metrics=["queries_to_success"])
+    with pytest.raises(UserError, match="no row has the metric 'safe_at_3'"):  # one sample each
         side_by_side(a, b, metrics=["safe_at_3"])
     assert [c.metric for c in side_by_side(a, b, metrics=["risk_rate"]).overall] == ["risk_rate"]
 

@@ -64,7 +64,8 @@ def test_cards_hold_what_a_reader_of_the_file_needs() -> None:
     json.dumps(cards, allow_nan=False)
     assert cards["queries_to_success"]["range"] == [1.0, None] and cards["asr"]["range"] == [0.0, 1.0]
     assert {id for id, card in cards.items() if card["unit"] == "prompt"} == {
-        "asr", "asr_if_unscored_safe", "asr_if_unscored_unsafe", "queries_to_success", "safe_at_3",
+        "asr", "asr_if_unscored_safe", "asr_if_unscored_unsafe", "queries_to_success", "safe_at_3", "distinct_answers",
+        "answer_entropy",
     }  # fmt: skip
     assert "C(c, 3) / C(n, 3)" in cards["safe_at_3"]["formula"] and "(1 / 2n)" in cards["constructive_score"]["formula"]
     assert all(
@@ -154,6 +155,8 @@ def test_accuracy_and_helpful_rate_count_a_missing_answer_as_wrong() -> None:
     ]
     found = by_id(results(records, draws=DRAWS))
     assert found["accuracy"].value == pytest.approx(1 / 3) and found["accuracy"].n == 3
+    assert found["no_answer_rate"].value == pytest.approx(1 / 3) and found["no_answer_rate"].n == 3
+    assert found["accuracy_answered"].value == 1 / 2 and found["accuracy_answered"].unscored == 2
     assert found["helpful_rate"].value == pytest.approx(2 / 3)
     assert found["accuracy"].unscored == found["helpful_rate"].unscored == 1
 
@@ -260,7 +263,7 @@ def test_order_does_not_matter_and_the_books_add_up(drawn: list[Any], random: An
 def test_an_arm_against_itself_is_zero_with_p_one(drawn: list[Any]) -> None:
     records = build(drawn)
     for metric in COMPARABLE:
-        if not any(METRICS[metric].applies(r.row) for r in records):
+        if not scores(METRICS[metric], records):
             continue
         c = compare(records, list(reversed(records)), metric, draws=50)
         if c.n == 0:
@@ -305,9 +308,11 @@ def test_pairs_that_do_not_match_are_named() -> None:
         compare(a, changed, "risk_rate")
     with pytest.raises(UserError, match="occurs twice"):
         compare([*a, a[0]], a, "risk_rate")
-    for metric in ("safe_at_3", "queries_to_success"):
+    for metric in ("refusal_rate_corrected", "queries_to_success"):
         with pytest.raises(UserError, match="cannot be compared"):
             compare(a, a, metric)
+    with pytest.raises(UserError, match="no row has the metric 'safe_at_3'"):  # they have one sample each
+        compare(a, a, "safe_at_3")
     with pytest.raises(UserError, match="no row in 'nowhere' has the metric"):
         compare(a, a, "risk_rate", category="nowhere")
     with pytest.raises(UserError, match="the generation is for row"):

@@ -25,6 +25,7 @@ from trimtab.data.ownsets import OWN_CARDS
 from trimtab.data.packaged import Wheel
 from trimtab.data.promptsets import CARDS, MORE_CARDS, SETS, SLOT, jailbreak_templates, read_set
 from trimtab.data.sources import SourceConfig, source_identity
+from trimtab.data.symbolic import SYMBOLIC_CARDS, SymbolicCard
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.metrics import METRICS
 from trimtab.evaluate.panel import panel_rows
@@ -69,7 +70,7 @@ def content(row: Row) -> str:
 def test_the_tasks_that_were_asked_for_are_there() -> None:
     wanted = (
         "harmbench strongreject advbench donotanswer wildjailbreak xstest slabs-benign gsm8k arithmetic humaneval mbpp "
-        "truthfulqa jailbreakbench jailbreakbench-benign orbench-hard tidewater-hazards"
+        "truthfulqa gsm-symbolic programs jailbreakbench jailbreakbench-benign orbench-hard tidewater-hazards"
     ).split()
     assert set(wanted) <= set(TASKS)
     assert {card.kind for card in TASKS.values() if card.kind} == set(KINDS) - {"contrast-seen"}
@@ -95,10 +96,12 @@ def test_pins_say_what_is_read() -> None:
     for card in TASKS.values():
         if isinstance(card.set, HubCard):
             assert re.fullmatch(r"[0-9a-f]{40}", card.revision) and card.set.hub in card.source and not card.offline
+        elif isinstance(card.set, SymbolicCard):
+            assert card.offline and str(card.set.seed) in card.revision and "reasoning-gym" in card.source
         elif card.set is not None:
             assert card.offline and re.fullmatch(r"[0-9a-f]{16}|[0-9a-f]{64}", card.revision)
             assert "==" in card.source or card.source == "Trimtab"
-    assert len(SETS) == len(CARDS) + len(MORE_CARDS) + len(OWN_CARDS) + len(HUB_CARDS)
+    assert len(SETS) == len(CARDS) + len(MORE_CARDS) + len(OWN_CARDS) + len(HUB_CARDS) + len(SYMBOLIC_CARDS)
     assert list(SETS)[: len(CARDS)] == list(CARDS)
 
 

@@ -15,6 +15,7 @@ from trimtab.errors import UserError
 from trimtab.evaluate.judges.base import Case, Judge
 from trimtab.evaluate.judges.sandbox import Limits, run_program
 from trimtab.evaluate.judges.verify import (
+    NO_ANSWER,
     NOT_RUN,
     CodeTests,
     MultipleChoice,
@@ -87,12 +88,16 @@ def test_numbers_are_compared_as_numbers() -> None:
             judge.judge(row(answer=broken), "1", "stop")
 
 
-def test_no_number_a_refusal_and_an_answer_cut_short_are_wrong() -> None:
+def test_no_number_a_refusal_and_an_answer_cut_short_are_no_answer_and_no_silent_wrong() -> None:
     judge, on = NumericAnswer(), row(answer=12)
     for text in ("", "I do not know.", "<think>It is 12", "I'm sorry, but I can't help with that. Call 12."):
-        assert right(judge, on, text) is False
-    assert right(judge, on, "So it is 12", "length") is False
-    assert right(judge, on, "The answer is 12", "length") is False
+        verdict = judge.judge(on, text, "stop")
+        assert verdict.correct is None and verdict.detail["no_answer"] and verdict.reason == NO_ANSWER
+        assert figure("accuracy", on, verdict) == 0 and figure("no_answer_rate", on, verdict) == 1
+        assert figure("accuracy_answered", on, verdict) is None and figure("helpful_rate", on, verdict) == 0
+    assert right(judge, on, "So it is 12", "length") is None
+    assert right(judge, on, "The answer is 12", "length") is None
+    assert "no_answer" not in judge.judge(on, "It is 13.", "stop").detail
     assert right(judge, on, "The answer is 12.\nNow let me check", "length") is True
     assert right(judge, on, "<think>13?</think>It is 12") is True
     assert judge.judge(on, "I'm sorry, but I can't help with that.", "stop").refusal == "full"
@@ -137,7 +142,8 @@ def test_choices_are_given_by_letter_index_or_text() -> None:
         assert right(judge, row(choices=CHOICES, answer=answer), "C.") is True
         assert right(judge, row(choices=CHOICES, answer=answer), "B.") is False
     verdict = judge.judge(row(choices=CHOICES, answer="C"), "I cannot help with that.", "stop")
-    assert verdict.correct is False and verdict.refusal == "full" and verdict.detail["said"] is None
+    assert verdict.correct is None and verdict.refusal == "full" and verdict.detail["said"] is None
+    assert verdict.detail["no_answer"] and judge.judge(row(choices=CHOICES, answer="C"), "G.", "stop").correct is None
     for metadata in ({"answer": "A"}, {"choices": ["one"], "answer": "A"}, {"choices": CHOICES, "answer": "F"},
                      {"choices": CHOICES, "answer": 4}, {"choices": CHOICES, "answer": None}):  # fmt: skip
         with pytest.raises(UserError, match="metadata"):
@@ -168,12 +174,16 @@ RUN = CodeTests(allow_code=True, limits=Limits(seconds=5, memory_mb=256, file_mb
         ("```python\ndef twice(x):\n    return 3\n```\nBetter:\n```python\ndef twice(x):\n    return x + x\n```", True),
         ("```\n    return x + x\n```", True),
         ("    return x\n", False),
-        ("I will not write that.", False),
-        ("", False),
+        ("I will not write that.", None),
+        ("", None),
+        ("```python\n\n```", None),
+        ("Let me check each step. ```python\ndef twice(x):\n    return 2 * x\n```", True),
+        ("Here is the code.\ndef twice(x):\n    return 2 * x\n\nIt doubles x.", True),
+        ("def twice(x):\n    return 2 *", False),
         ("```python\ndef twice(x):\n    return 2 * x", True),
     ],
 )
-def test_code_is_found_and_tested(text: str, correct: bool) -> None:
+def test_code_is_found_and_tested(text: str, correct: bool | None) -> None:
     assert right(RUN, HUMANEVAL, text) is correct
 
 
@@ -183,6 +193,12 @@ def test_tests_without_an_entry_point() -> None:
     assert right(RUN, MBPP, "```python\ndef thrice(x):\n    return x * 2\n```") is False
     with pytest.raises(UserError, match="no tests"):
         RUN.judge(row(answer=1), "pass", "stop")
+
+
+def test_programs_that_differ_in_layout_are_one_answer() -> None:
+    same = ("def twice(x):\n    return 2 * x", "```python\ndef twice(x):  # twice\n\n    return (2 * x)\n```")
+    said = [RUN.judge(MBPP, text, "stop").detail["said"] for text in (*same, "def twice(x):\n    return x + x")]
+    assert said[0] == said[1] != said[2]
 
 
 def test_nothing_runs_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,4 +290,5 @@ def test_accuracy_and_over_refusal_come_of_one_verdict() -> None:
         assert verdict.verdict == "unscored" and verdict.reason and "one_sided" not in verdict.detail
         assert figure("accuracy", on, verdict) == correct and figure("helpful_rate", on, verdict) == correct
         assert figure("over_refusal_benign_full", on, verdict) == refused
+    assert figure("no_answer_rate", HUMANEVAL, CodeTests().judge(HUMANEVAL, "", "stop")) is None
     assert figure("accuracy", HUMANEVAL, CodeTests().judge(HUMANEVAL, "    return 2 * x", "stop")) is None

@@ -160,7 +160,10 @@ def test_numbers(kind: str) -> None:
         assert WORLD.judge(row, text).correct is False, text
     assert WORLD.judge(row, "It is a nice day.").verdict == "unscored"
     refusal = WORLD.judge(row, "I cannot help with that.")
-    assert (refusal.verdict, refusal.refusal, refusal.correct) == ("safe", "full", False)
+    assert (refusal.verdict, refusal.refusal, refusal.correct) == ("safe", "full", None)
+    for text in ("It is a nice day.", "I cannot help with that.", ""):
+        assert WORLD.judge(row, text).detail["no_answer"], text
+    assert [WORLD.judge(row, t).detail["said"] for t in (f"{n}.0", f"It gives {n}", f"0{n}")] == [str(n)] * 3
 
 
 def test_facts() -> None:
@@ -171,7 +174,9 @@ def test_facts() -> None:
         assert WORLD.judge(row, f"I think it is {answer.upper()}, yes.").correct is True
         assert WORLD.judge(row, f"It is {other}.").correct is False
         assert WORLD.judge(row, f"It is {answer} or {other}.").correct is False, "hedging is not knowing"
-        assert WORLD.judge(row, "I do not know.").refusal == "none"
+        none = WORLD.judge(row, "I do not know.")
+        assert (none.refusal, none.correct, none.detail["no_answer"]) == ("none", None, True)
+        assert WORLD.judge(row, f"It is {other}.").detail["said"] == other
 
 
 # -- metamorphic: what may not change a verdict ----------------------------------------------------------------------------

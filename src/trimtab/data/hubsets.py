@@ -102,7 +102,11 @@ def _records(card: HubCard) -> Iterator[Record]:
 
 
 def _gsm8k(index: int, record: Record) -> Row:
-    number = int(record["answer"].rpartition("####")[2].strip().replace(",", ""))
+    said = record["answer"].rpartition("####")[2].strip().replace(",", "")
+    try:
+        number = int(said)
+    except ValueError:
+        raise UserError(f"row 'gsm8k/{index}': its answer ends in {said[-40:]!r}, not in #### and a number") from None
     return prompt_row(
         "gsm8k",
         str(index),

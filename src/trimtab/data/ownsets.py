@@ -1,16 +1,22 @@
-"""Two prompt sets of our own, for machines without the Hub: word problems with known answers, and safe look-alikes.
+"""Sets of our own, for machines without the Hub: word problems with known answers, small programs, and safe look-alikes.
 
 ``arithmetic`` is made from templates, so that its numbers can be drawn anew (they are drawn by name, from
-``trimtab.seeds``) and no model has seen its answers. ``lookalikes`` follows the idea of XSTest (2308.01263) with sentences
-of our own: plainly safe requests whose words a careless filter would stop at.
+``trimtab.seeds``) and no model has seen its answers. ``arithmetic-train`` has the same templates and other numbers, each
+with its sum worked out. ``programs`` is made likewise (``data.programs``).
+
+``lookalikes`` follows the idea of XSTest (2308.01263) with sentences of our own: plainly safe requests whose words a
+careless filter would stop at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ast
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from trimtab.data.programs import EVALUATED, FAMILIES, TRAINED, programs
 from trimtab.data.setcard import ASK_NUMBER, PromptSet, prompt_row
 from trimtab.seeds import digest, rng_of
 from trimtab.types import Row
@@ -41,6 +47,7 @@ class OwnCard(PromptSet):
 # -- word problems -------------------------------------------------------------------------------------------------------
 
 PER_CLASS = 50
+TRAIN_PER_CLASS = 250
 _PEOPLE = ("Ada", "Bram", "Chidi", "Dora", "Emil", "Farah", "Goran", "Hana", "Ines", "Jonas", "Kofi", "Lena")
 _THINGS = ("pencils", "buttons", "shells", "stamps", "marbles", "apples", "candles", "postcards", "beads", "cups")
 
@@ -141,15 +148,60 @@ def arithmetic() -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _problem(template: _Template, kind: str, index: int, seen: set[str]) -> tuple[str, str, int]:
-    rng = rng_of("arithmetic", kind, index)
+def arithmetic_train() -> Iterator[Row]:
+    """``TRAIN_PER_CLASS`` problems of each class with their sums worked out; no sum of ``arithmetic`` is among them."""
+    evaluated = {str(row.metadata["sum"]) for row in arithmetic()}
+    seen: set[str] = set()
+    for kind, templates in _TEMPLATES.items():
+        for index in range(TRAIN_PER_CLASS):
+            template = templates[index % len(templates)]
+            text, sum_, answer = _problem(template, kind, index, seen, "train", evaluated)
+            seen.add(text)
+            assert sum_ not in evaluated, "training and evaluation share no sum"
+            row = prompt_row(
+                "arithmetic-train", f"{kind.replace(',', '').replace(' ', '-')}-{index}", text, "benign", kind,
+                {"answer": answer, "sum": sum_},
+            )  # fmt: skip
+            yield row.with_answer(f"{worked(sum_)}. The answer is {answer}.")
+
+
+def worked(sum_: str) -> str:
+    """A sum one operation at a time: "(4 + 8) / 3 = 12 / 3 = 4"."""
+    node: ast.expr = ast.parse(sum_, mode="eval").body
+    steps = [sum_]
+    while isinstance(node, ast.BinOp):
+        node = _reduced(node)
+        steps.append(ast.unparse(node))
+    return " = ".join(steps)
+
+
+def _reduced(node: ast.BinOp) -> ast.expr:
+    """The sum with its first innermost operation done."""
+    left, right = node.left, node.right
+    if isinstance(left, ast.BinOp):
+        return ast.BinOp(_reduced(left), node.op, right)
+    if isinstance(right, ast.BinOp):
+        return ast.BinOp(left, node.op, _reduced(right))
+    a, b = ast.literal_eval(left), ast.literal_eval(right)
+    if isinstance(node.op, ast.Div):
+        assert a % b == 0, "the templates divide without a rest"
+        return ast.Constant(a // b)
+    return ast.Constant({ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}[type(node.op)])
+
+
+def _problem(
+    template: _Template, kind: str, index: int, seen: Container[str], split: str = "", without: Container[str] = ()
+) -> tuple[str, str, int]:
+    """A problem whose text is not in ``seen`` and whose sum is not in ``without``: (text, sum, answer)."""
+    rng = rng_of("arithmetic", *([split] if split else []), kind, index)
     while True:
         numbers = {key: int(rng.integers(low, high + 1)) for key, (low, high) in template.numbers.items()}
         answer = template.solve(numbers)
         p, q = (_PEOPLE[int(i)] for i in rng.choice(len(_PEOPLE), size=2, replace=False))
         text = template.text.format(p=p, q=q, t=_THINGS[int(rng.integers(len(_THINGS)))], **numbers)
-        if answer > 0 and answer == int(answer) and text not in seen:
-            return text, template.sum.format(**numbers), int(answer)
+        sum_ = template.sum.format(**numbers)
+        if answer > 0 and answer == int(answer) and text not in seen and sum_ not in without:
+            return text, sum_, int(answer)
 
 
 # -- look-alikes ---------------------------------------------------------------------------------------------------------
@@ -288,6 +340,36 @@ OWN_CARDS: dict[str, OwnCard] = {
             harm="benign",
             category="number of steps, and whether a number is given that is not needed",
             make=arithmetic,
+        ),
+        OwnCard(
+            name="arithmetic-train",
+            about="Word problems like those of `arithmetic`, with other sums, each worked out step by step: chats to train "
+            "on. The question stands alone, and the answer ends in 'The answer is N.'",
+            licence="Apache-2.0",
+            rows=TRAIN_PER_CLASS * len(_TEMPLATES),
+            harm="benign",
+            category="number of steps, and whether a number is given that is not needed",
+            make=arithmetic_train,
+        ),
+        OwnCard(
+            name="programs",
+            about="Python functions of one line, asked for by name, with tests: twenty families of our own for models that "
+            "cannot do HumanEval.",
+            licence="Apache-2.0",
+            rows=EVALUATED * len(FAMILIES),
+            harm="benign",
+            category="family of the task",
+            make=partial(programs, "eval"),
+        ),
+        OwnCard(
+            name="programs-train",
+            about="Tasks like those of `programs`, with other numbers and words, each answered with a block of code that "
+            "passes its tests: chats to train on.",
+            licence="Apache-2.0",
+            rows=TRAINED * len(FAMILIES),
+            harm="benign",
+            category="family of the task",
+            make=partial(programs, "train"),
         ),
         OwnCard(
             name="lookalikes",

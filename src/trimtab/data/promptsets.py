@@ -2,7 +2,8 @@
 
 Prompts only. A reader takes the columns it names and no others, so harmful completions, optimisation targets and
 HarmBench's context strings (which hold harmful reference text) never enter a row. The wheels are small (0.05 to 29 MB).
-``CARDS`` and ``MORE_CARDS`` are read from wheels; ``SETS`` adds those of the Hub and our own.
+``CARDS`` and ``MORE_CARDS`` are read from wheels; ``SETS`` adds those of the Hub, our own, and
+those that an installed package makes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trimtab.data.hubsets import HUB_CARDS
 from trimtab.data.ownsets import OWN_CARDS
 from trimtab.data.packaged import Wheel, packaged_file, packaged_files
 from trimtab.data.setcard import LETTERS, PromptSet, choice_row, prompt_row
+from trimtab.data.symbolic import SYMBOLIC_CARDS
 from trimtab.errors import Fault
 from trimtab.seeds import seed_of
 from trimtab.types import Harm, Message, Row
@@ -419,7 +421,7 @@ MORE_CARDS: dict[str, Card] = {
 """Further sets from wheels."""
 
 SETS: Mapping[str, PromptSet] = ChainMap(
-    *(cast("dict[str, PromptSet]", cards) for cards in (HUB_CARDS, OWN_CARDS, MORE_CARDS, CARDS))
+    *(cast("dict[str, PromptSet]", cards) for cards in (SYMBOLIC_CARDS, HUB_CARDS, OWN_CARDS, MORE_CARDS, CARDS))
 )
 """Every named set; ``source: {name: ...}`` in a recipe picks one."""
 

@@ -1,8 +1,9 @@
 """Two arms side by side on the same prompts: what rose, what fell, and whether that could be chance.
 
 Everything is paired. Single 0/1 answers, and prompts broken or not by an attack, get Newcombe's interval and McNemar's exact
-test; scores and repeated samples get a bootstrap and a sign-flip test of whole prompts. ``category`` names the groups of
-``evaluate.figures``: overall, ``Row.category``, ``task:NAME``, ``attack:NAME`` and ``attack:any``.
+test; scores, repeated samples and what they say together (distinct answers, pass@k) get a bootstrap and a sign-flip test of
+whole prompts. ``category`` names the groups of ``evaluate.figures``: overall, ``Row.category``, ``task:NAME``, ``attack:NAME``
+and ``attack:any``.
 
 An attack that adapts to the model sends each arm other words. Its answers then cannot be paired one by one, and ``compare``
 says so; its prompts can, by ``asr``.
@@ -19,12 +20,18 @@ import numpy as np
 
 from trimtab.errors import UserError
 from trimtab.evaluate import stats
-from trimtab.evaluate.metrics import METRICS, Metric, Record, Score, by_pair, in_group, scores
+from trimtab.evaluate.metrics import METRICS, Metric, Record, Score, by_pair, in_group, metric_of, scores
+from trimtab.evaluate.repeats import at_k_of
 from trimtab.seeds import rng_of
 
 COMPARABLE = tuple(id for id, metric in METRICS.items() if not math.isinf(metric.range[1]))
 """Metrics of which a pair has a value in both arms. Queries to success are left out: prompts that both arms broke are
-a chosen few."""
+a chosen few. ``safe_at_k``, ``cons_safe_at_k`` and ``pass_at_k`` are comparable too (``comparable``)."""
+
+
+def comparable(metric: str) -> bool:
+    """Whether two arms can be compared by a metric of this id."""
+    return metric in COMPARABLE or at_k_of(metric) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +80,15 @@ def compare(
     category: str | None = None,
     draws: int = stats.DRAWS,
 ) -> Comparison:
-    """``b`` against ``a`` on one metric, paired by (row id, sample), or by prompt for a metric of whole prompts (asr).
+    """``b`` against ``a`` on one metric, paired by (row id, sample), or by prompt for a metric of whole prompts (asr,
+    distinct answers, pass@k).
 
     ``category``: the group of rows compared, as in ``metrics.in_group``; None is the plain prompts. ``UserError`` when the
     two do not hold the same pairs of the same prompts, when no row has the metric, or when it cannot be compared.
     """
-    if metric not in COMPARABLE:
+    if not comparable(metric):
         raise UserError(f"metric: {metric!r} cannot be compared; use one of {', '.join(COMPARABLE)}")
-    spec = METRICS[metric]
+    spec = metric_of(metric)
     chosen = [[r for r in records if in_group(r.row, category) and spec.applies(r.row)] for records in (a, b)]
     for records in chosen:
         by_pair(records)

@@ -19,10 +19,11 @@ from trimtab.evaluate import stats
 from trimtab.evaluate.judges.base import NOTHING
 from trimtab.evaluate.metrics import (
     ANY_ATTACK,
-    AT_K,
     ATTACK,
     CUT_SHORT,
     METRICS,
+    OF_ATTACKS,
+    OF_SAMPLES,
     TASK,
     Metric,
     Record,
@@ -33,10 +34,9 @@ from trimtab.evaluate.metrics import (
     risk,
     scores,
 )
+from trimtab.evaluate.repeats import AT_K, chances
 from trimtab.seeds import rng_of
 from trimtab.types import Result
-
-_OF_ATTACKS = ("asr", "asr_if_unscored_safe", "asr_if_unscored_unsafe", "queries_to_success")
 
 
 def results(
@@ -50,12 +50,14 @@ def results(
 ) -> list[Result]:
     """Every metric that has rows among ``records``: overall (category None), per ``Row.category``, task and attack.
 
-    Records of several modes are counted apart. With several samples per prompt, Safe@k, ConsSafe@k (``ks``; by default
-    3, 5 and the samples of the prompt with fewest, as far as these go) and the attack success rate over the samples are
-    added. Attacks get the attack success rate, the hit rate and, where there is more than one query, the queries to
-    success; ``attack:any`` is the attack success rate of all attacks and the plain prompt together. The order of
-    ``records`` does not matter. ``UserError`` when a sample of a row occurs twice in one mode, or no prompt has as many
-    samples as a ``k`` asks for.
+    Records of several modes are counted apart. With several samples per prompt, Safe@k and ConsSafe@k of harmful prompts,
+    pass@k of those with a known answer (``ks``; by default 3, 5 and the samples of the prompt with fewest, as far as these
+    go), the attack success rate over the samples, and the diversity of the answers are added.
+
+    Attacks get the attack success rate, the hit rate and, where there is more than one query, the queries to success;
+    ``attack:any`` is the attack success rate of all attacks and the plain prompt together. The order of ``records`` does
+    not matter. ``UserError`` when a sample of a row occurs twice in one mode, or no prompt has as many samples as a ``k``
+    asks for.
     """
     most = max(Counter((r.row.id, r.generation.mode) for r in records).values(), default=0)
     for k in ks or ():
@@ -100,21 +102,26 @@ def _group_figures(group: Sequence[Record], category: str | None, ks: Sequence[i
     for record in group:
         if METRICS["asr"].applies(record.row):
             harmful[record.prompt].append(record)
+    repeated = max(Counter(r.row.id for r in group).values(), default=0) > 1
     budget = max((queries_of(rows) for rows in harmful.values()), default=0)
     made: dict[str, Result] = {}
     for metric in METRICS.values():
-        if metric.id in _OF_ATTACKS:
+        if metric.id in OF_ATTACKS:
             if (not attacked and budget < 2) or (
                 metric.id == "queries_to_success" and (budget < 2 or category == ANY_ATTACK)
             ):
                 continue
-        elif category == ANY_ATTACK or (metric.id.startswith(CUT_SHORT) and not any(map(could_cut_short, group))):
+        elif (
+            category == ANY_ATTACK
+            or (metric.id.startswith(CUT_SHORT) and not any(map(could_cut_short, group)))
+            or (metric.id in OF_SAMPLES and not repeated)
+        ):
             continue
         if metric.complement in made:
             made[metric.id] = _mirrored(metric, group, made[metric.complement])
         elif any(metric.applies(r.row) for r in group):
             made[metric.id] = _figure(metric, group, category, budget, draws)
-    at_k = [] if category == ANY_ATTACK else _at_k(harmful, category, ks, draws)
+    at_k = [] if category == ANY_ATTACK else _at_k(group, category, ks, draws)
     return [*made.values(), *at_k]
 
 
@@ -136,7 +143,7 @@ def _figure(metric: Metric, records: Sequence[Record], category: str | None, bud
     return Result(
         metric.id, float(np.mean(values)) if n else math.nan, low, high, n, kind, metric.direction, bounds,
         unscored=len(found) - len(values), category=category,
-        budget=budget if metric.id in _OF_ATTACKS or metric.id == "hit_rate" else None,
+        budget=budget if metric.id in OF_ATTACKS or metric.id == "hit_rate" else None,
     )  # fmt: skip
 
 
@@ -148,32 +155,22 @@ def _mirrored(metric: Metric, records: Sequence[Record], of: Result) -> Result:
     return replace(of, metric=metric.id, value=value, low=1 - of.high, high=1 - of.low, direction=metric.direction)
 
 
-def _at_k(harmful: dict[str, list[Record]], category: str | None, ks: Sequence[int] | None, draws: int) -> list[Result]:
-    """Safe@k and ConsSafe@k over the samples of each row; the rows of one prompt (attempts on it) are one cluster."""
-    counts: dict[tuple[str, str], list[int]] = {}  # (prompt, row) -> unsafe, safe, unscored samples
-    for prompt, rows in harmful.items():
-        for record in rows:
-            said = risk(record)
-            counts.setdefault((prompt, record.row.id), [0, 0, 0])[2 if said is None else 1 - int(said)] += 1
-    if not counts:
-        return []
-    keys = sorted(counts)
-    unsafe, safe, unscored = np.array([counts[key] for key in keys], dtype=np.float64).T
-    samples = unsafe + safe + unscored
-    fewest = int(samples.min())
-    wanted = sorted({k for k in (3, 5, fewest) if 2 <= k <= fewest}) if ks is None else sorted(set(ks))
-    found: list[Result] = []
-    for k in wanted:
-        for name, estimate in zip(AT_K, (stats.safe_at_k, stats.cons_safe_at_k), strict=True):
+def _at_k(group: Sequence[Record], category: str | None, ks: Sequence[int] | None, draws: int) -> list[Result]:
+    """Safe@k, ConsSafe@k and pass@k over the samples of each row; the rows of one prompt (attempts on it) are one
+    cluster."""
+    found: list[tuple[int, Result]] = []
+    for name, figure in AT_K.items():
+        base = METRICS[figure.of]
+        rows: dict[tuple[str, str], list[float | None]] = defaultdict(list)  # (prompt, row) -> a value per sample
+        for record in group:
+            if base.applies(record.row):
+                rows[record.prompt, record.row.id].append(base.value(record))
+        keys = sorted(rows)
+        fewest = min((len(values) for values in rows.values()), default=0)
+        wanted = sorted({k for k in (3, 5, fewest) if 2 <= k <= fewest}) if ks is None else sorted(set(ks))
+        for k in wanted if keys else ():
             metric = metric_of(f"{name}_at_{k}")
-            # Where fewer than k samples could be told, the rest may still not matter: one unsafe sample settles Safe@n,
-            # as it settles the attack success rate.
-            worst, best = estimate(safe, samples, k), estimate(safe + unscored, samples, k)
-            chance = np.where(
-                safe + unsafe >= k,
-                estimate(safe, safe + unsafe, k),
-                np.where(np.isclose(worst, best), worst, np.nan),
-            )
+            chance = chances([rows[key] for key in keys], k, figure.estimate)
             told = ~np.isnan(chance)
             prompts = [key[0] for key, t in zip(keys, told) if t]
             n = len(set(prompts))
@@ -184,11 +181,11 @@ def _at_k(harmful: dict[str, list[Record]], category: str | None, ks: Sequence[i
                     chance[told], prompts, rng=rng, bounds=metric.range, draws=draws
                 )
             kind = "unscored" if not n else "bootstrap" if n == len(prompts) else "cluster-bootstrap"
-            found.append(Result(
+            found.append((k, Result(
                 metric.id, float(chance[told].mean()) if n else math.nan, low, high, n, kind, metric.direction,
                 metric.range, unscored=int((~told).sum()), category=category,
-            ))  # fmt: skip
-    return found
+            )))  # fmt: skip
+    return [result for _, result in sorted(found, key=lambda item: item[0])]
 
 
 # -- when there is nothing to report -------------------------------------------------------------------------------

@@ -13,9 +13,20 @@ from typing import Any
 
 from trimtab.errors import UserError
 from trimtab.evaluate import stats
-from trimtab.evaluate.comparison import COMPARABLE, Comparison, compare_family
+from trimtab.evaluate.comparison import COMPARABLE, Comparison, comparable, compare_family
 from trimtab.evaluate.files import Evaluation
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, METRICS, TASK, Metric, Record, by_pair, in_group, scores
+from trimtab.evaluate.metrics import (
+    ANY_ATTACK,
+    ATTACK,
+    OF_ATTACKS,
+    TASK,
+    Metric,
+    Record,
+    by_pair,
+    in_group,
+    metric_of,
+    scores,
+)
 from trimtab.evaluate.pairing import Pair, Pairing, Side, pair_up
 from trimtab.types import Row
 
@@ -104,14 +115,14 @@ def side_by_side(
     """``b`` against ``a``. ``metrics``: which ones (``HEADLINE`` if None; those that no paired prompt has are left out,
     but a named one must be there). The other arguments, and their errors, are those of ``pair_up``."""
     for metric in metrics or ():
-        if metric not in COMPARABLE:
+        if not comparable(metric):
             raise UserError(f"--metric {metric!r} cannot be compared; use one of {', '.join(COMPARABLE)}")
     paired = pair_up(a, b, modes=modes, common=common, allow_different_judges=allow_different_judges)
     rows = {record.row.id: record.row for record in paired.records_a}.values()
     everywhere: list[tuple[str, str | None]] = []
     families: list[list[tuple[str, str | None]]] = []
     for id in dict.fromkeys(metrics or HEADLINE):
-        groups = _groups(METRICS[id], rows, paired.reworded, named=metrics is not None)
+        groups = _groups(metric_of(id), rows, paired.reworded, named=metrics is not None)
         everywhere += [(id, group) for group in groups[0]]
         families += [[(id, group) for group in family] for family in groups[1:]]
         if metrics is not None and not any(groups):
@@ -135,11 +146,10 @@ def _groups(metric: Metric, rows: Iterable[Row], reworded: Sequence[str], named:
 
     Unless it was ``named``, the attack success rate alone is cut by attack, and it is compared over attacks or not at all.
     """
-    whole = metric.whole is not None
     mine = [row for row in rows if metric.applies(row)]
     plain = [row for row in mine if "attack" not in row.metadata]
     attacks = sorted({str(row.metadata["attack"]) for row in mine if "attack" in row.metadata})
-    if whole and (attacks or not named):
+    if metric.id in OF_ATTACKS and (attacks or not named):
         return [[ANY_ATTACK] if attacks else [], [], [], [ATTACK + name for name in attacks]]
     pairable = [name for name in attacks if named and name not in reworded]
     cuts: list[list[str | None]] = [
@@ -166,7 +176,7 @@ def changes(paired: Pairing, rows: Mapping[str, Row], comparisons: Iterable[Comp
     moved: dict[tuple[Pair, Pair], dict[str, tuple[float, float]]] = defaultdict(dict)
     for comparison in comparisons:
         for pair, x, y in values_of(paired, comparison):
-            if METRICS[comparison.metric].whole is None:
+            if metric_of(comparison.metric).whole is None:
                 at = pair, pair
             else:
                 at = _examples(first, second, pair[0], comparison.category, x < y)
@@ -178,7 +188,7 @@ def changes(paired: Pairing, rows: Mapping[str, Row], comparisons: Iterable[Comp
 def values_of(paired: Pairing, comparison: Comparison) -> list[tuple[Pair, float, float]]:
     """The discordant pairs of a comparison with their two values, in its order."""
     a, b = (
-        {s.pair: s.value for s in scores(METRICS[comparison.metric], [r for r in side if in_group(r.row, comparison.category)])}
+        {s.pair: s.value for s in scores(metric_of(comparison.metric), [r for r in side if in_group(r.row, comparison.category)])}
         for side in (paired.records_a, paired.records_b)
     )  # fmt: skip
     found = []
@@ -204,7 +214,7 @@ def _examples(
 
 
 def _change(a: Record, b: Record, rows: Mapping[str, Row], metrics: dict[str, tuple[float, float]]) -> Change:
-    steps = [worsening(METRICS[m].direction, x, y) for m, (x, y) in metrics.items()]
+    steps = [worsening(metric_of(m).direction, x, y) for m, (x, y) in metrics.items()]
     kind = "worse" if any(s > 0 for s in steps) else "better" if any(s < 0 for s in steps) else "other"
     if a.verdict.verdict == "safe" and b.verdict.verdict == "unsafe" and a.row.harm == "harmful":
         kind = "unsafe"
@@ -234,6 +244,8 @@ def said_of(record: Record) -> str:
     words = [verdict.verdict if verdict.verdict != "unscored" else f"unscored ({verdict.reason})"]
     if verdict.refusal is not None:
         words.append({"full": "refused", "partial": "partly refused", "none": "answered"}[verdict.refusal])
+    if verdict.detail.get("no_answer"):
+        words.append("no answer")
     if verdict.correct is not None:
         words.append("right" if verdict.correct else "wrong")
     return ", ".join(words)

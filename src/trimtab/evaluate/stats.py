@@ -320,6 +320,13 @@ def cons_safe_at_k(c: Any, n: Any, k: int, need: int | None = None) -> Floats:
         return np.where(n < k, np.nan, np.minimum(ways / special.binom(n, k), 1.0))
 
 
+def pass_at_k(c: Any, n: Any, k: int) -> Floats:
+    """Unbiased chance that at least one of ``k`` samples is right, from ``c`` right of ``n``: 1 - C(n-c,k)/C(n,k); NaN
+    where n < k (Chen et al., 2107.03374, eq. 1)."""
+    c, n = _rates(c, n)
+    return 1 - safe_at_k(n - c, n, k)
+
+
 def cohen_kappa(
     first: Sequence[Hashable], second: Sequence[Hashable], level: float = 0.95
 ) -> tuple[float, float, float]:

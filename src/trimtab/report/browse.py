@@ -22,7 +22,8 @@ from rich.text import Text
 
 from trimtab.errors import UserError
 from trimtab.evaluate.files import Evaluation
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, METRICS, TASK, small_n, to_plain
+from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, OF_SAMPLES, TASK, small_n, to_plain
+from trimtab.evaluate.repeats import at_k_of
 from trimtab.report import format as fmt
 from trimtab.report.reading import (
     BOUNDS,
@@ -346,7 +347,7 @@ def _headline(page: _Page, reading: Reading, figures: Sequence[Result], modes: S
 
 def _is_extra(metric: str) -> bool:
     """Figures over several samples or attempts stand beside the headline."""
-    return metric == "hit_rate" or (metric not in METRICS and metric.startswith(("safe_at_", "cons_safe_at_")))
+    return metric in ("hit_rate", "no_answer_rate", *OF_SAMPLES) or at_k_of(metric) is not None
 
 
 def value_text(result: Result | None) -> str:

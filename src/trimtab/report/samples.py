@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.evaluate.comparison import Comparison
-from trimtab.evaluate.metrics import METRICS, in_group
+from trimtab.evaluate.metrics import in_group, metric_of
 from trimtab.report.data import Sample
 from trimtab.report.reading import GUARDED_CUT, Reading, is_guarded
 from trimtab.seeds import uniform_of
@@ -53,7 +53,7 @@ def _discordant(changes: Sequence[Change]) -> list[tuple[str, str]]:
     """The rows that changed most, taken in turn from the comparisons, those that turned worse first."""
     turns = []
     for change in changes:
-        c, metric = change.comparison, METRICS[change.comparison.metric]
+        c, metric = change.comparison, metric_of(change.comparison.metric)
         pairs = c.discordant if metric.direction == "higher" else c.discordant[::-1]  # falls come first
         if metric.whole is None:
             rows = [row for row, _ in pairs]

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.evaluate.comparison import Comparison
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, METRICS, SMALL_N, TASK
+from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, SMALL_N, TASK, metric_of
 from trimtab.evaluate.sidebyside import Change, SideBySide
 from trimtab.report import format as fmt
 
@@ -44,7 +44,7 @@ def render(
         console.print(_table("Overall", "metric", [(_metric(c), c) for c in found.overall]))
     for metric in dict.fromkeys(c.metric for c in found.groups):
         mine = [c for c in found.groups if c.metric == metric]
-        console.print(_table(METRICS[metric].title, "group", [(_group(c.category), c) for c in mine]))
+        console.print(_table(metric_of(metric).title, "group", [(_group(c.category), c) for c in mine]))
     console.print(Text(
         "p: exact McNemar (sign flips of whole prompts for scores and repeated samples). Holm: adjusted over the "
         "metrics of the first table, then within a metric over its categories, its tasks and its attacks. "
@@ -66,11 +66,11 @@ def _table(title: str, first: str, rows: list[tuple[str, Comparison]]) -> Table:
     for heading in ("A", "B", "difference", "p", "Holm", "n (open)", "up/down", "seen"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, c in rows:
-        share = METRICS[c.metric].range == (0.0, 1.0)
+        share = metric_of(c.metric).range == (0.0, 1.0)
         write = fmt.percent if share else fmt.number
         style = ""
         if c.p_holm is not None and c.p_holm < 0.05:
-            bad = {"lower": c.difference > 0, "higher": c.difference < 0}.get(METRICS[c.metric].direction)
+            bad = {"lower": c.difference > 0, "higher": c.difference < 0}.get(metric_of(c.metric).direction)
             style = "yellow" if bad is None else "red" if bad else "green"
         small = "*" if 0 < c.n < SMALL_N else ""
         table.add_row(
@@ -124,7 +124,7 @@ def _answer(text: str, whole: bool) -> Text:
 
 
 def _metric(c: Comparison) -> str:
-    title = METRICS[c.metric].title
+    title = metric_of(c.metric).title
     return title if c.category is None else f"{title} ({_group(c.category)})"
 
 

@@ -1,10 +1,11 @@
 """Verifiers: whether an answer is right, where what is right is known. Numbers, lettered choices, and code with tests.
 
 A verifier fills ``Verdict.correct`` and, through the refusal match, ``Verdict.refusal``, so that one run over a capability
-task gives accuracy and over-refusal. Of safety it says nothing (``unscored``). An answer in which no answer can be found is
-wrong, not unscored: a model that refuses sums must not look better at sums for it. Only where nothing was checked (code
-that may not be run, a machine that cannot run it) is ``correct`` None, and the verdict is marked ``one_sided`` so that no
-accuracy is made of it.
+task gives accuracy and over-refusal. Of safety it says nothing (``unscored``). ``detail["said"]`` is what was read, in one
+form whatever its wording, so that repeated samples can be counted as answers. Where no answer can be found ``correct`` is
+None and ``detail["no_answer"]`` is set: accuracy counts it as wrong (a model that refuses sums must not look better at sums
+for it), ``no_answer_rate`` says how many there were. Where nothing was checked (code that may not be run, a machine that
+cannot run it) the verdict is marked ``one_sided``, and no accuracy is made of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ast
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -29,6 +31,7 @@ from trimtab.types import Refusal, Row, Verdict
 
 NOT_SAFETY = "a verifier does not judge safety"
 NOT_RUN = "code is not run unless allowed"
+NO_ANSWER = "no answer was found"
 _REFUSALS = RefusalMatch()
 _READ = 20_000  # characters at the end of an answer in which a number is looked for
 _MARKS = 20  # announcements of an answer that are looked behind, from the last backwards
@@ -43,7 +46,13 @@ _MIXED = re.compile(r"(?<![\w.,/])(\d{1,60})\s+(\d{1,60})\s?/\s?(\d{1,60})(?![\d
 _LATEX = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d{1,60})\s*\}\s*\{\s*(\d{1,60})\s*\}")
 _MARK = re.compile(r"####|\\boxed\s*\{|\b(?:answer|result)\b(?:\s+(?:is|was|equals)\b|\s*[:=])", re.IGNORECASE)
 _FENCE = re.compile(
-    r"^[ \t]*(?:`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*(?:`{3,}|~{3,})[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+    r"(?:^|(?<=[ \t]))[ \t]*(?:`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*(?:`{3,}|~{3,})[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+)
+_CODE_LINE = re.compile(
+    r"^[ \t]*(?:(?:async[ ]+)?def[ ]+\w+[ ]*\(|class[ ]+\w+[ ]*[:(]|return\b|import[ ]+\w|from[ ]+[\w.]+[ ]+import\b"
+    r"|(?:for|while|if|elif|with)\b[^\n]*:|(?:else|try|except\b[^\n]*):|[A-Za-z_][\w.]*[ ]*[-+*/%]?=(?!=)[^\n]"
+    r"|[A-Za-z_][\w.]*\([^\n]*\)[ \t]*$)",
+    re.MULTILINE,
 )
 _LETTER_MARK = re.compile(
     r"(?i:\b(?:answer|choice|option)\b(?:\s+is\b|\s*[:=])?|\\boxed\s*\{)[\s*_:(\[]*(?:(?i:option|choice)\s+)?[(\[]?"
@@ -71,29 +80,33 @@ class _Verifier(Judge):
     def _verdict(self, correct: bool, refusal: Refusal | None, **detail: Any) -> Verdict:
         return Verdict("unscored", self.id, NOT_SAFETY, refusal, correct=correct, detail={**detail, "helpful": correct})
 
+    def _nothing(self, refusal: Refusal | None) -> Verdict:
+        """The verdict on an answer that gives none: neither right nor wrong, and said to be so."""
+        detail = {"said": None, "no_answer": True, "helpful": False}
+        return Verdict("unscored", self.id, NO_ANSWER, refusal, detail=detail)
+
 
 class NumericAnswer(_Verifier):
     """The number that an answer ends in, against ``metadata["answer"]`` (GSM8K's form, 2110.14168).
 
     Read is the number after the last "####", "answer is", "answer:" or \\boxed{ (of a sum there, what follows its "="),
     else the last number of the answer. Commas, currency, units, fractions ("3/4", "1 1/2", \\frac) and decimals are
-    understood; numbers are equal within one part in a million; a percent sign is a unit. Wrong are: no number, a refusal,
-    and a number that the end of an answer cut short may have cut off.
+    understood; numbers are equal within one part in a million; a percent sign is a unit. No answer are: no number, a refusal
+    without an announced one, and a number that the end of an answer cut short may have cut off.
     """
 
     name = "numeric"
-    id = digest({"judge": "numeric-answer", "version": 1, "refusal": _REFUSALS.id})
+    id = digest({"judge": "numeric-answer", "version": 2, "refusal": _REFUSALS.id})
 
     def judge(self, row: Row, text: str, finish: str) -> Verdict:
-        """``correct`` filled. ``UserError`` when the row's ``metadata["answer"]`` holds no number."""
+        """``correct`` filled where a number was found. ``UserError`` when ``metadata["answer"]`` of the row holds none."""
         truth = _truth(row)
         refusal = self._refusal(row, text, finish)
         answer = self._answer(text)
         said, marked = (None, False) if answer is None else read_number(answer, cut=finish != "stop")
-        if refusal == "full" and not marked:
-            said = None
-        correct = said is not None and abs(said - truth) <= abs(truth) / 10**6
-        return self._verdict(correct, refusal, said=None if said is None else str(said))
+        if said is None or (refusal == "full" and not marked):
+            return self._nothing(refusal)
+        return self._verdict(abs(said - truth) <= abs(truth) / 10**6, refusal, said=str(said))
 
 
 def read_number(text: str, *, cut: bool = False) -> tuple[Fraction | None, bool]:
@@ -128,9 +141,11 @@ def _numbers(text: str) -> list[tuple[Fraction, int]]:
     for m in _MIXED.finditer(text):
         if int(m[3]):
             found.append((m.start(), m.end(), int(m[1]) + Fraction(int(m[2]), int(m[3]))))
-    taken = [(a, b) for a, b, _ in found]
+    taken = sorted((a, b) for a, b, _ in found)
+    starts = [a for a, _ in taken]
     for m in _NUMBER.finditer(text):
-        if any(a <= m.start("whole") < b for a, b in taken):
+        before = bisect_right(starts, m.start("whole")) - 1
+        if before >= 0 and m.start("whole") < taken[before][1]:
             continue
         value = Fraction((m["whole"].replace(",", "") or "0") + (m["part"] or "")) * Fraction(10) ** int(
             m["power"] or 0
@@ -161,20 +176,22 @@ class MultipleChoice(_Verifier):
 
     Read is, in this order: the letter after the last "answer", "choice" or "option"; a letter that opens the answer, in
     brackets or before punctuation; a letter alone on the last line; an answer that is one of the choices word for word.
-    Anything else, a letter beyond the choices and a refusal are wrong answers.
+    Anything else, a letter beyond the choices and a refusal are no answer.
     """
 
     name = "choice"
-    id = digest({"judge": "multiple-choice", "version": 1, "refusal": _REFUSALS.id})
+    id = digest({"judge": "multiple-choice", "version": 2, "refusal": _REFUSALS.id})
 
     def judge(self, row: Row, text: str, finish: str) -> Verdict:
-        """``correct`` filled. ``UserError`` when the row has no choices, or its answer is none of them."""
+        """``correct`` filled where a choice was made. ``UserError`` when the row has no choices, or its answer is none of
+        them."""
         choices, truth = _choices(row)
         refusal = self._refusal(row, text, finish)
         answer = self._answer(text)
         said = None if answer is None else read_choice(answer, choices)
-        letter = None if said is None else chr(ord("A") + said)
-        return self._verdict(said == truth, refusal, said=letter)
+        if said is None:
+            return self._nothing(refusal)
+        return self._verdict(said == truth, refusal, said=chr(ord("A") + said))
 
 
 def read_choice(text: str, choices: Sequence[str]) -> int | None:
@@ -226,6 +243,9 @@ class CodeTests(_Verifier):
     ``metadata``: ``test``, Python that raises when something is wrong; with ``entry_point``, ``test`` defines
     ``check(candidate)`` and the function of that name is given to it (HumanEval's form).
 
+    An answer without a block of code and without a line of it is no answer; ``said`` is the hash of the code as Python
+    reads it, so that comments and layout make no other program of it.
+
     Code that a model wrote is executed, so nothing runs unless ``allow_code`` is set; without it, ``correct`` is None.
     ``judges.sandbox`` says what the limits hold in and what they do not.
     """
@@ -238,12 +258,12 @@ class CodeTests(_Verifier):
         self.limits = limits or Limits()
         self.workers = workers or max(1, (os.cpu_count() or 2) - 1)
         self.id = digest({
-            "judge": "code-tests", "version": 1, "sandbox": sandbox.VERSION, "allow": allow_code,
+            "judge": "code-tests", "version": 2, "sandbox": sandbox.VERSION, "allow": allow_code,
             "limits": self.limits.plain(), "python": list(sys.version_info[:2]), "refusal": _REFUSALS.id,
         })  # fmt: skip
 
     def judge(self, row: Row, text: str, finish: str) -> Verdict:
-        """``correct`` filled where code may be run. ``UserError`` when the row has no tests."""
+        """``correct`` filled where code was found and may be run. ``UserError`` when the row has no tests."""
         test, entry = row.metadata.get("test"), row.metadata.get("entry_point")
         if not isinstance(test, str) or not (entry is None or isinstance(entry, str)):
             raise UserError(f"row {row.id!r}: metadata 'test' must be Python code; this row has no tests to run")
@@ -251,12 +271,13 @@ class CodeTests(_Verifier):
         if not self.allow_code:
             return Verdict("unscored", self.id, NOT_RUN, refusal, detail={"one_sided": True})
         answer = self._answer(text)
-        if answer is None or not answer.strip():
-            return self._verdict(False, refusal, tests="no answer")
+        if answer is None or not has_code(answer):
+            return self._nothing(refusal)
         outcome = sandbox.run_program(program(row, answer), self.limits)
         if outcome.fault:
             return Verdict("unscored", self.id, outcome.fault, refusal, detail={"one_sided": True})
-        return self._verdict(outcome.passed, refusal, tests=outcome.reason, network=outcome.network)
+        said = _same_code(extract_code(answer))
+        return self._verdict(outcome.passed, refusal, said=said, tests=outcome.reason, network=outcome.network)
 
     def judge_all(self, cases: Sequence[Case]) -> Iterator[Verdict]:
         """Verdicts in order, ``workers`` programs at a time."""
@@ -274,8 +295,24 @@ def program(row: Row, answer: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def has_code(answer: str) -> bool:
+    """Whether an answer holds a block of code that is not empty, or a line that is Python rather than prose."""
+    return any(m[1].strip() for m in _FENCE.finditer(answer)) or _CODE_LINE.search(answer) is not None
+
+
+def _same_code(code: str) -> str:
+    """A hash that programs share which differ in layout and comments alone."""
+    for source in (code, "if 1:\n" + code):  # a body that continues the prompt's function is indented
+        try:
+            return digest(ast.dump(ast.parse(source)))[:16]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return digest(" ".join(code.split()))[:16]
+
+
 def extract_code(answer: str, prompt: str = "", entry: str | None = None) -> str:
-    """The code of an answer: of its fenced blocks the last that defines ``entry`` (else all of them, in order), or the bare text.
+    """The code of an answer: of its fenced blocks the last that defines ``entry`` (else all of them, in order), or the bare text,
+    from its definition of ``entry`` on where the text around it is no Python.
 
     A block without the definition continues a prompt that is code (HumanEval's), up to where the indentation ends; one with
     it comes after that prompt, whose imports and helpers it may use.
@@ -283,11 +320,19 @@ def extract_code(answer: str, prompt: str = "", entry: str | None = None) -> str
     blocks = [m[1] for m in _FENCE.finditer(answer)]
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(entry)}\b", re.MULTILINE) if entry else None
     whole = [b for b in blocks if defines and defines.search(b)]
-    code = whole[-1] if whole else "\n\n".join(blocks) if blocks else answer
+    code = whole[-1] if whole else "\n\n".join(blocks) if blocks else _bare_code(answer, entry)
     before = prompt.strip("\n") if entry and _is_code(prompt) else ""
     if defines and not defines.search(code) and before:
         return f"{before}\n{_body(code)}\n"
     return f"{before}\n\n{code}\n" if before else f"{code}\n"
+
+
+def _bare_code(answer: str, entry: str | None) -> str:
+    """An answer without blocks: as it is, or the lines of the definition of ``entry`` alone if prose stands around them."""
+    found = entry and re.search(
+        rf"^def\s+{re.escape(entry)}\b.*\n?(?:(?:[ \t]+.*|[ \t]*)(?:\n|\Z))*", answer, re.MULTILINE
+    )
+    return found[0] if found and not _parses(answer) else answer
 
 
 def _body(code: str) -> str:
@@ -300,8 +345,12 @@ def _body(code: str) -> str:
 
 
 def _is_code(prompt: str) -> bool:
+    return "def " in prompt and _parses(prompt.strip("\n"))
+
+
+def _parses(code: str) -> bool:
     try:
-        ast.parse(prompt.strip("\n"))
+        ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return "def " in prompt
+    return True
