@@ -7,6 +7,7 @@ stages; decoders have a kind, read from how the answers were sampled. Nothing he
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.evaluate import stats
-from trimtab.evaluate.metrics import METRICS, Record, metric_of, scores
+from trimtab.evaluate.metrics import METRICS, OF_SAMPLES, Record, metric_of, scores
 from trimtab.report.contrasts import Values
 from trimtab.report.data import Place
 from trimtab.seeds import rng_of
@@ -32,8 +33,6 @@ MATHEMATICS, CODING, FACTUALITY, SAFETY = "mathematics", "coding", "factuality",
 _SUBJECTS = {
     "arithmetic": MATHEMATICS, "numeric": MATHEMATICS, "code": CODING, "fact": FACTUALITY, "choice": FACTUALITY,
 }  # fmt: skip
-DIVERSITY = ("distinct_answers", "answer_entropy")
-"""Metrics of several samples to one prompt."""
 
 
 def group_of(row: Row) -> str:
@@ -76,23 +75,15 @@ def metrics_of(group: str) -> tuple[str, ...]:
     return ("over_refusal_benign_full", "accuracy") if group.startswith(BENIGN) else ("accuracy", "no_answer_rate")
 
 
-def _at_k(group: str, records: Sequence[Record]) -> tuple[str, dict[str, float]] | None:
-    """Safe@k of harmful prompts, pass@k of those with a known truth, for k samples (of the prompt with fewest): the
-    metric's id, and each prompt's unbiased chance. None for single samples, or where nothing of either is known."""
-    told: dict[str, list[float | None]] = {}
-    harmful = is_harmful(group)
-    if not harmful and metrics_of(group)[0] != "accuracy":
-        return None
-    for score in scores(METRICS["safe_at_1" if harmful else "accuracy"], records):
-        told.setdefault(score.prompt, []).append(score.value)
-    known = {prompt: [v for v in values if v is not None] for prompt, values in told.items()}
-    k = min((len(values) for values in told.values()), default=0)
+def _of_samples(group: str, records: Sequence[Record]) -> tuple[str, ...]:
+    """What several samples to one prompt tell beside: how much they differ, and Safe@k of harmful prompts, pass@k of those
+    with a known truth, for as many samples as the prompt with fewest has."""
+    k = min(Counter(r.row.id for r in records).values())
     if k < 2:
-        return None
-    kept = {prompt: (sum(values), len(values)) for prompt, values in known.items() if len(values) >= k}
-    if harmful:
-        return f"safe_at_{k}", {p: float(stats.safe_at_k(c, n, k)) for p, (c, n) in kept.items()}
-    return f"pass_at_{k}", {p: 1.0 - float(stats.safe_at_k(n - c, n, k)) for p, (c, n) in kept.items()}
+        return ()
+    if is_harmful(group):
+        return (*OF_SAMPLES, f"safe_at_{k}")
+    return (*OF_SAMPLES, f"pass_at_{k}") if metrics_of(group)[0] == "accuracy" else ()
 
 
 @dataclass
@@ -112,10 +103,11 @@ class Cell:
             groups.setdefault((record.generation.mode, group_of(record.row)), []).append(record)
         for (mode, group), mine in groups.items():
             cell.subjects[group] = subject_of(mine[0].row)
-            for metric in (m for m in (*metrics_of(group), *DIVERSITY) if m in METRICS):
+            for metric in (*metrics_of(group), *_of_samples(group, mine)):
+                spec = metric_of(metric)
                 found: dict[str, list[float]] = {}
                 left = 0
-                for score in scores(METRICS[metric], mine):
+                for score in scores(spec, mine):
                     if score.value is None:
                         left += 1
                     else:
@@ -123,14 +115,8 @@ class Cell:
                 if found or left:
                     key = mode, group, metric
                     cell.values[key] = {prompt: sum(v) / len(v) for prompt, v in found.items()}
-                    cell.single[key] = METRICS[metric].binary and all(len(v) == 1 for v in found.values())
+                    cell.single[key] = spec.binary and all(len(v) == 1 for v in found.values())
                     cell.unscored[key] = left
-            several = _at_k(group, mine)
-            if several is not None:
-                metric, prompts = several
-                cell.values[mode, group, metric] = prompts
-                cell.single[mode, group, metric] = False
-                cell.unscored[mode, group, metric] = 0
         return cell
 
     @cached_property
@@ -191,12 +177,6 @@ class Cells:
 
 def card_of(metric: str) -> dict[str, str]:
     """What is said of a metric of answers: label, description and direction."""
-    name, _, k = metric.rpartition("_at_")
-    if name == "pass":
-        return {
-            "label": f"pass@{k}", "direction": "higher",
-            "description": f"Chance that at least one of {k} samples for a prompt is right (unbiased).",
-        }  # fmt: skip
     spec = metric_of(metric)
     return {"label": spec.title, "description": spec.description, "direction": spec.direction}
 

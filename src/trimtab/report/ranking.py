@@ -41,7 +41,7 @@ def cut(row: Mapping[str, Any]) -> dict[str, Any]:
         for s in told["sequences"][:SEQUENCES]
     ]  # fmt: skip
     kept = {
-        "measures": [m for m in MEASURES if m in told["measures"]],
+        "measures": [m for m in MEASURES if any((of.get(m) or [None])[0] is not None for of in told["spans"].values())],
         "method": told.get("method", {}),
         "rows": told.get("rows"),
         "distinct": len(told["tokens"]),

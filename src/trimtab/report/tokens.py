@@ -103,8 +103,8 @@ def _written(token: str) -> str:
 
 def _positions(key: str, measure: str, positions: Sequence[Mapping[str, Any]]) -> Figure | None:
     """A measure over the position within its span, prefix and body."""
-    lines = []
-    for span in ("prefix", "body"):
+    lines, places = [], {"prefix": 0, "body": 1}
+    for span in places:
         some = [p for p in positions if p["span"] == span and p.get(measure) and p[measure][0] is not None]
         if some:
             lines.append((span, sorted(some, key=lambda p: p["position"])))
@@ -115,7 +115,8 @@ def _positions(key: str, measure: str, positions: Sequence[Mapping[str, Any]]) -
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         ax = svg.axes(figure, 42, 34, 10, 8)
-        for i, (_, some) in enumerate(lines):
+        for span, some in lines:
+            i = places[span]
             xs = [p["position"] for p in some]
             mean, low, high = ([_end(p[measure], k) for p in some] for k in range(3))
             ax.fill_between(xs, low, high, color=svg.series(i), alpha=0.15, lw=0)
@@ -132,7 +133,7 @@ def _positions(key: str, measure: str, positions: Sequence[Mapping[str, Any]]) -
     name = MEASURES[measure]
     title = f"{name[:1].upper()}{name[1:]} by position"
     spoken = "; ".join(f"{span}: {fmt.number(some[0][measure][0])} at its first token" for span, some in lines)
-    legend = [Legend(svg.swatch(i, "line"), span) for i, (span, _) in enumerate(lines)]
+    legend = [Legend(svg.swatch(places[span], "line"), span) for span, _ in lines]
     return Figure(
         key, title, "means, bands their 95 % interval", svg.draw(key, HEIGHT, paint, title, f"{spoken}."), legend
     )
