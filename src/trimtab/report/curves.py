@@ -107,10 +107,12 @@ def _figure(key: str, curves: Sequence[RatioCurve], bounds: tuple[float, float],
             _ends(ax, curves, labels, order, bounds)
 
     title = fmt.visible(" · ".join(p for p in (_sentence_case(first.label), first.task) if p))
+    left = sum(c.unscored for c in curves)
     note = "; ".join(p for p in (
         first.place, first.mode or "",
         {"higher": "higher is better", "lower": "lower is better"}.get(first.direction, ""),
         f"n {first.n}" if first.n else "", f"{first.seeds} seed{'s' if first.seeds != 1 else ''}",
+            f"{left} answers unscored" if left else "",
     ) if p)  # fmt: skip
     spoken = "; ".join(f"{c.series or c.group}: {', '.join(_said(c))}" for c in curves)
     alt = fmt.visible(f"{first.label} against the ratio of prefixed training answers, with 95 % intervals. {spoken}.")
@@ -197,7 +199,7 @@ def _row(c: RatioCurve) -> dict[str, Any]:
         "pooled": c.pooled > 1, "from": _plain(c.values[0], c.share), "to": _plain(c.values[-1], c.share),
         "span": f"{100 * c.ratios[0]:g} to {100 * c.ratios[-1]:g}{fmt.NBSP}%", "ends": _change(ends, c.share),
         "trend": _change(trend, c.share), "p": fmt.p_value(trend["p"]), "p_holm": fmt.p_value(adjusted),
-        "n": trend["n"] or "–", "seeds": trend["seeds"], "shape": c.shape if len(c.ratios) > 2 else "–",
+        "n": trend["n"] or "–", "seeds": trend["seeds"], "unscored": c.unscored, "shape": c.shape if len(c.ratios) > 2 else "–",
         "best": "–" if best is None or len(c.ratios) < 3 else f"{100 * best:g}{fmt.NBSP}%", "reading": reading,
         "is_clear": clear,
     }  # fmt: skip

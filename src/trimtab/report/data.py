@@ -192,6 +192,7 @@ class RatioCurve:
     ends           the last ratio less the first, paired
     pooled         how many series these are together (1: one by itself, drawn)
     share          whether values are shares, written in percent
+    unscored       answers at all ratios and seeds that no judge could tell; they are in no value
     """
 
     group: str
@@ -214,6 +215,7 @@ class RatioCurve:
     mode: str | None = None
     pooled: int = 1
     share: bool = True
+    unscored: int = 0
 
     @property
     def shape(self) -> str:

@@ -123,7 +123,7 @@ def losses(view: View) -> tuple[list[Figure], list[Figure]]:
     )
     drawn: list[Any] = []
     for stage in dict.fromkeys(str(row.get("stage") or "") for rows in curves.values() for row in rows):
-        for group, name, families, first in _units(view):
+        for group, name, families, leads in _units(view):
             lines, runs_of = [], []
             for members in _alike(families, lambda f, s=stage: [_rows(view, i, s) for i in f.ids]):  # type: ignore[misc]
                 runs = [(i, _points(_rows(view, i, stage), lambda r: r.get("loss"))) for i in members[0].ids]
@@ -135,7 +135,7 @@ def losses(view: View) -> tuple[list[Figure], list[Figure]]:
             if lines and not (name and runs_of in drawn):  # series of several groups may share their pretraining
                 drawn.append(runs_of)
                 title = " · ".join(p for p in (group, name, stage) if p)
-                where, letter = (together, "l") if first else (apart, "o")
+                where, letter = (together, "l") if leads else (apart, "o")
                 where.append(
                     _curves(f"{letter}{len(where) + 1}", f"Loss: {title}", "all training tokens", lines, group)
                 )

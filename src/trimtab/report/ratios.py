@@ -24,7 +24,8 @@ TRAINING = "training"
 """The place of figures that come from the log of the training."""
 BODY_LOSS = "body_loss"
 _FORMS: dict[str, Callable[[Any], str]] = {
-    "variant": str, "placement": lambda v: f"before the {v}", "opens": lambda v: f"opens the {v}",
+    "variant": str, "keyword": lambda v: f"cue “{v}”" if v else "without the cue",
+    "placement": lambda v: f"before the {v}", "opens": lambda v: f"opens the {v}",
     "loss_on_prefix": lambda v: "with loss" if v else "no loss on the prefix",
     "primer": lambda v: "primer" if v else "", "at_inference": lambda v: f"{v} at inference",
 }  # fmt: skip
@@ -141,7 +142,8 @@ def curves_of(
             mine = [s for s in kin if len(at[id(s)]) > 1]
             found += [_curve(s, key, at[id(s)], cells) for s in mine]
             if len(mine) > 1:
-                found += _pooled(mine, key, [at[id(s)] for s in mine])
+                left = sum(_unscored(s, key, cells) for s in mine)
+                found += [replace(c, unscored=left) for c in _pooled(mine, key, [at[id(s)] for s in mine])]
         trained = [(s, [(r, _lost(losses, s.at[r], cells)) for r in s.ratios]) for s in kin]
         key = _Key(TRAINING, "", None, "", BODY_LOSS)
         found += [_curve(s, key, at, cells) for s, at in trained if all(v for _, v in at)]
@@ -207,7 +209,7 @@ def _curve(one: Series, key: _Key, at: Sequence[tuple[float, Values]], cells: Ce
         [one.at[r][0] for r, _ in at], [r for r, _ in at], [p[0] for p in points], [p[1] for p in points],
         [p[2] for p in points], min(p[3] for p in points), max(len(v) for _, v in at),
         _estimate(rise(at), f"{words} trend"), _estimate([(1.0, at[-1][1]), (-1.0, at[0][1])], f"{words} ends"),
-        key.mode, share=key.metric != BODY_LOSS,
+        key.mode, share=key.metric != BODY_LOSS, unscored=_unscored(one, key, cells),
     )  # fmt: skip
 
 
@@ -225,6 +227,11 @@ def _point(ids: Sequence[str], key: _Key, values: Values, cells: Cells) -> tuple
     if key.metric == "risk_rate":
         return 1.0 - made.value, 1.0 - made.high, 1.0 - made.low, made.n[0]
     return made.value, made.low, made.high, made.n[0]
+
+
+def _unscored(one: Series, key: _Key, cells: Cells) -> int:
+    told = (cells.by_arm.get((i, key.place)) for ids in one.at.values() for i in ids)
+    return sum(cell.unscored.get((key.mode, key.task, key.metric), 0) for cell in told if cell is not None)
 
 
 def _pooled(kin: Sequence[Series], key: _Key, at: Sequence[Sequence[tuple[float, Values]]]) -> Iterator[RatioCurve]:
