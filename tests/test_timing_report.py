@@ -18,12 +18,14 @@ from test_report import Page
 from timing_fixtures import Of, later_is_riskier, timing_study
 from trimtab.errors import Fault
 from trimtab.evaluate import stats
-from trimtab.report.claims import CLAIMS, MARGIN, Run, read_claims
+from trimtab.report.claims.reading import MARGIN, side_of
+from trimtab.report.claims.timing import CLAIMS, Run, read_claims
 from trimtab.report.contrasts import contrast, slope
 from trimtab.report.data import Arm, ReportData
 from trimtab.report.gather import gather
 from trimtab.report.html import write_report
-from trimtab.report.panels import Cells, decoder_kind, roles, timing_of
+from trimtab.report.panels import Cells, decoder_kind, roles
+from trimtab.report.pulled import timing_of
 from trimtab.types import Result
 
 SMALL = {"models": ("chat", "sums"), "decoders": ("top-k", "safebeam"), "n": 12, "metrics": False}
@@ -300,14 +302,12 @@ def test_one_start_has_no_claims_and_one_seed_says_what_its_interval_is() -> Non
 
 
 def test_no_rise_needs_an_interval_below_the_margin() -> None:
-    from trimtab.report.claims import _side
-
-    assert _side("no rise", {"low": -0.02, "high": MARGIN - 0.01}) == "agrees"
-    assert _side("no rise", {"low": -0.2, "high": 0.2}) == "cannot tell"
-    assert _side("no rise", {"low": 0.02, "high": 0.2}) == "disagrees"
-    assert _side("not below", {"low": -0.2, "high": 0.1}) == "agrees"
-    assert _side("not below", {"low": -0.2, "high": -0.1}) == "disagrees"
-    assert _side("above", {"low": math.nan, "high": math.nan}) == "cannot tell"
+    assert side_of("no rise", {"low": -0.02, "high": MARGIN - 0.01}) == "agrees"
+    assert side_of("no rise", {"low": -0.2, "high": 0.2}) == "cannot tell"
+    assert side_of("no rise", {"low": 0.02, "high": 0.2}) == "disagrees"
+    assert side_of("not below", {"low": -0.2, "high": 0.1}) == "agrees"
+    assert side_of("not below", {"low": -0.2, "high": -0.1}) == "disagrees"
+    assert side_of("above", {"low": math.nan, "high": math.nan}) == "cannot tell"
 
 
 def test_a_probe_of_one_seed_cannot_be_read() -> None:

@@ -13,7 +13,8 @@ from test_report import Page
 from test_timing_report import run_of
 from timing_fixtures import timing_study
 from trimtab.evaluate import stats
-from trimtab.report.claims import CLAIMS, _test, read_claims
+from trimtab.report.claims.reading import rests_on
+from trimtab.report.claims.timing import CLAIMS, read_claims
 from trimtab.report.contrasts import contrast
 from trimtab.report.data import ReportData
 from trimtab.report.findings import _family_finding, of_arms
@@ -127,12 +128,15 @@ def figure(side: str, reading: str, p: float, decides: bool = True) -> dict[str,
 
 
 def test_the_p_of_a_claim_is_that_of_the_figure_it_rests_on() -> None:
-    assert _test([figure("above", "agrees", 0.001), figure("not below", "disagrees", 0.03)]) == (1, pytest.approx(0.06))
-    assert _test([figure("above", "agrees", 0.001), figure("above", "agrees", 0.02)]) == (1, 0.02)
-    assert _test([figure("above", "disagrees", 0.01), figure("above", "cannot tell", 0.7)]) == (0, 0.02)
-    assert _test([figure("no rise", "agrees", 0.5), figure("no rise", "agrees", 0.9)]) is None
-    assert _test([figure("below", "cannot tell", math.nan)]) is None
-    assert _test([figure("above", "disagrees", 0.001, decides=False)]) is None
+    assert rests_on([figure("above", "agrees", 0.001), figure("not below", "disagrees", 0.03)]) == (
+        1,
+        pytest.approx(0.06),
+    )
+    assert rests_on([figure("above", "agrees", 0.001), figure("above", "agrees", 0.02)]) == (1, 0.02)
+    assert rests_on([figure("above", "disagrees", 0.01), figure("above", "cannot tell", 0.7)]) == (0, 0.02)
+    assert rests_on([figure("no rise", "agrees", 0.5), figure("no rise", "agrees", 0.9)]) is None
+    assert rests_on([figure("below", "cannot tell", math.nan)]) is None
+    assert rests_on([figure("above", "disagrees", 0.001, decides=False)]) is None
 
 
 def test_a_reading_that_rests_on_the_starts_between_shows_their_p() -> None:

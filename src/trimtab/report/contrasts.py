@@ -22,6 +22,8 @@ from trimtab.seeds import rng_of
 
 Values = Mapping[int, Mapping[str, float]]
 """Seed -> prompt -> value of one cell. A figure that has no prompts (a probe's) has the one key ''."""
+Terms = list[tuple[float, Values]]
+"""Weight and cell, summed."""
 DRAWS, FLIPS = 2000, 10_000
 SEEDS, PROMPTS, NONE = "t over seeds, at least as wide as over prompts", "paired over prompts, one seed", "none"
 

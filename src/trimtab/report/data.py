@@ -179,6 +179,82 @@ class Curve:
     high: Sequence[float] = ()
 
 
+@dataclass(frozen=True)
+class RatioCurve:
+    """One metric over the ratios of the prefix lever: arms that are equal in everything but the ratio.
+
+    group, series  the arm group, and what else sets these arms apart ("" for nothing): the size of the model, the form of
+                   the lever
+    place, task    where it was measured (``Place.stage``; "training" for a figure of the log) and the group of prompts
+    arms           the first arm of each ratio
+    values         of each ratio, in [low, high] (95 %, as ``View`` folds seeds); NaN ends where one seed knows no interval
+    trend          the change along the least-squares line from the first ratio to the last: an ``Estimate`` and p_holm
+    ends           the last ratio less the first, paired
+    pooled         how many series these are together (1: one by itself, drawn)
+    share          whether values are shares, written in percent
+    unscored       answers at all ratios and seeds that no judge could tell; they are in no value
+    """
+
+    group: str
+    series: str
+    place: str
+    kind: str
+    task: str
+    metric: str
+    label: str
+    direction: str
+    arms: Sequence[str]
+    ratios: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    n: int
+    seeds: int
+    trend: Mapping[str, Any]
+    ends: Mapping[str, Any]
+    mode: str | None = None
+    pooled: int = 1
+    share: bool = True
+    unscored: int = 0
+
+    @property
+    def shape(self) -> str:
+        """Whether the values only rise or only fall from ratio to ratio."""
+        steps = [b - a for a, b in zip(self.values, self.values[1:])]
+        if all(step >= 0 for step in steps) and any(steps):
+            return "never falls"
+        return "never rises" if all(step <= 0 for step in steps) and any(steps) else "neither" if any(steps) else "flat"
+
+    @property
+    def best(self) -> float | None:
+        """The ratio of the best value; None where no way is better, or all are equal."""
+        if self.direction not in ("higher", "lower") or len(set(self.values)) == 1:
+            return None
+        pick = max if self.direction == "higher" else min
+        return self.ratios[self.values.index(pick(self.values))]
+
+
+@dataclass(frozen=True)
+class SpanCurve:
+    """Prefix and body over one training, mean over the seeds, in bins of training tokens.
+
+    tokens      trained on at each point
+    loss        span -> mean loss of its tokens; None where a bin has none
+    token_share, gradient_share  of the prefix among prefix and body tokens: how many they are, and how much of the gradient
+                they carry (``measure``: "gradient norm", or "logit gradient", summed over tokens)
+    """
+
+    arm: str
+    group: str
+    series: str
+    ratio: float
+    tokens: Sequence[float]
+    loss: Mapping[str, Sequence[float | None]]
+    token_share: Sequence[float | None]
+    gradient_share: Sequence[float | None]
+    measure: str
+
+
 READINGS = ("agrees", "disagrees", "cannot tell", "not measured")
 
 
@@ -248,6 +324,10 @@ class ReportData:
     timing       arm id -> its timing settings (start, exposure, ...), where the study varies them
     steering     how far a decoder moves an arm: rows like ``comparisons`` with arm, model, decoder, from, group
     probes       curves over layers
+    prefix       arm id -> its prefix settings (stage, ratio, capability, ...), where the study varies them
+    ratios       metrics over the ratios of the prefix lever
+    spans        prefix and body over the trainings of the prefix lever
+    tokens       rows of token analyses: arm, stage, ratio, and ``ranking`` (``ranking.json``, cut to what a page can show)
     doses        arm id -> [{"source", "tokens", "epochs"}] read in pretraining
     claims       claims of papers beside this study's figures
     """
@@ -286,6 +366,10 @@ class ReportData:
     timing: dict[str, dict[str, Any]] = field(default_factory=dict)
     steering: list[dict[str, Any]] = field(default_factory=list)
     probes: list[Curve] = field(default_factory=list)
+    prefix: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ratios: list[RatioCurve] = field(default_factory=list)
+    spans: list[SpanCurve] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)
     doses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     claims: list[ClaimReading] = field(default_factory=list)
 
@@ -310,6 +394,10 @@ class ReportData:
             + [("steering", str(s.get("arm"))) for s in self.steering]
             + [("probes", c.arm) for c in self.probes]
             + [("doses", a) for a in self.doses]
+            + [("prefix", a) for a in self.prefix]
+            + [("ratios", a) for c in self.ratios for a in c.arms]
+            + [("spans", c.arm) for c in self.spans]
+            + [("tokens", str(t.get("arm"))) for t in self.tokens]
             + [("judges", str(j.get("arm"))) for j in self.judges]
             + [("samples", a) for s in self.samples for a in s.answers]
             + [("findings", a) for f in self.findings for a in f.arms]
@@ -355,8 +443,13 @@ class ReportData:
                 replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
                 for c in values.get("probes", [])
             ]
+            values["ratios"] = [
+                replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
+                for c in values.get("ratios", [])
+            ]
             values["results"] = [_result(r) for r in values.get("results", [])]
-            figures = [f for claim in values.get("claims", []) for f in claim.figures]
+            figures: list[Any] = [f for claim in values.get("claims", []) for f in claim.figures]
+            figures += [f for curve in values["ratios"] for f in (curve.trend, curve.ends)]
             for row in [*values.get("comparisons", []), *values.get("steering", []), *figures]:
                 row.update({k: _number(v) for k, v in row.items() if k in _NUMBERS})
                 if "each" in row:
@@ -368,7 +461,7 @@ class ReportData:
 
 _PARTS: dict[str, Any] = {
     "arms": Arm, "findings": Finding, "matrices": Matrix, "costs": Cost, "samples": Sample,
-    "places": Place, "probes": Curve, "claims": ClaimReading,
+    "places": Place, "probes": Curve, "claims": ClaimReading, "ratios": RatioCurve, "spans": SpanCurve,
 }  # fmt: skip
 _NUMBERS = ("difference", "low", "high", "p", "p_holm")
 

@@ -121,17 +121,24 @@ def losses(view: View) -> tuple[list[Figure], list[Figure]]:
     places = _places(
         name for rows in curves.values() for row in rows for kind in _KINDS for name in row.get(kind) or {}
     )
+    drawn: list[Any] = []
     for stage in dict.fromkeys(str(row.get("stage") or "") for rows in curves.values() for row in rows):
-        for group in view.groups:
-            lines = []
-            for members in _alike(view.members(group), lambda f, s=stage: [_rows(view, i, s) for i in f.ids]):  # type: ignore[misc]
+        for group, name, families, leads in _units(view):
+            lines, runs_of = [], []
+            for members in _alike(families, lambda f, s=stage: [_rows(view, i, s) for i in f.ids]):  # type: ignore[misc]
                 runs = [(i, _points(_rows(view, i, stage), lambda r: r.get("loss"))) for i in members[0].ids]
-                label = ", ".join(f.label for f in members) + (" (one run)" if len(members) > 1 else "")
-                lines.append(Line(label, members[0].colour, [(i, points) for i, points in runs if points]))
+                label = _names(members, families) + (" (one run)" if len(members) > 1 else "")
+                place = families.index(members[0]) if name else members[0].colour
+                lines.append(Line(label, place, [(i, points) for i, points in runs if points]))
+                runs_of.append([points for _, points in runs])
             lines = [line for line in lines if line.runs]
-            if lines:
-                name = " · ".join(p for p in (group, stage) if p)
-                together.append(_curves(f"l{len(together) + 1}", f"Loss: {name}", "all training tokens", lines, group))
+            if lines and not (name and runs_of in drawn):  # series of several groups may share their pretraining
+                drawn.append(runs_of)
+                title = " · ".join(p for p in (group, name, stage) if p)
+                where, letter = (together, "l") if leads else (apart, "o")
+                where.append(
+                    _curves(f"{letter}{len(where) + 1}", f"Loss: {title}", "all training tokens", lines, group)
+                )
         for kind, words in _KINDS.items():
             kin = _alike(view.families, lambda f, s=stage: _rows(view, f.id, s))  # type: ignore[misc]
             parts = [
@@ -163,8 +170,36 @@ def _alike(families: Sequence[Family], rows_of: Callable[[Family], Any]) -> list
     return [members for _, members in found]
 
 
+FEW = 4
+"""Names of arms at most that a figure lists."""
+
+
+def _units(view: View) -> list[tuple[str, str, list[Family], bool]]:
+    """(group, series, families, whether it is drawn first): the arms whose losses share a figure. Of the prefix lever each
+    series by itself, that of the heaviest model first; else all arms of a group."""
+    found: list[tuple[str, str, list[Family], bool]] = []
+    for group in view.groups:
+        told = [(name, arm) for where, name, arm in view.of_series if where == group]
+        names = list(dict.fromkeys(name for name, _ in told))
+        found += [
+            (group, name or "all ratios", [view.family(arm) for n, arm in told if n == name], name == names[-1])
+            for name in names
+        ]
+        rest = [f for f in view.members(group) if f.id not in {arm for _, arm in told}]
+        if rest:
+            found.append((group, "", rest, True))
+    return found
+
+
+def _names(members: Sequence[Family], families: Sequence[Family]) -> str:
+    if len(members) == len(families) > 1:
+        return "all of them"
+    some = ", ".join(f.label for f in members[:FEW])
+    return f"{some} and {len(members) - FEW} more" if len(members) > FEW else some
+
+
 def _shared_with(members: Sequence[Family]) -> str:
-    return f"; the same run for {', '.join(f.label for f in members[1:])}" if len(members) > 1 else ""
+    return f"; the same run for {_names(members[1:], [])}" if len(members) > 1 else ""
 
 
 _KINDS = {"by_source": "loss by source", "by_span": "loss by span"}

@@ -7,7 +7,7 @@ all their seeds, per group of prompts and place of the grid, by contrasts (``con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -130,12 +130,14 @@ def _sentence(c: Comparison) -> str:
 
 
 def of_families(
-    arms: Sequence[Arm], planned: Sequence[Json], cells: Cells, places: Sequence[Place], same: Mapping[str, str]
-) -> Found:
+    arms: Sequence[Arm], planned: Sequence[Json], cells: Cells, places: Sequence[Place], same: Mapping[str, str],
+    told_apart: Collection[str] = (),
+) -> Found:  # fmt: skip
     """Every arm against its baseline at every place, per group of prompts, over the seeds; Holm over each arm.
 
     An arm that is the same training as another (``same``, see ``ReportData``) is compared once, under both names, and with
-    its own baseline not at all.
+    its own baseline not at all. Arms in ``told_apart`` are compared without a finding each: the prefix lever's are told
+    together (``said``).
     """
     families: dict[tuple[str, str, str], list[str]] = {}
     for arm in arms:
@@ -161,7 +163,7 @@ def of_families(
         names = "” and “".join(done.pop(pair))
         mine = _adjusted(list(_rows(cells, of[against], ids, places)))
         rows += mine
-        for mode in dict.fromkeys(row["mode"] for row in mine):
+        for mode in dict.fromkeys(row["mode"] for row in mine if ids[0] not in told_apart):
             some = [row for row in mine if row["mode"] == mode]
             findings.append(_family_finding(told[against]["label"], names, mode, some))
     return Found(rows, findings)
@@ -170,7 +172,9 @@ def of_families(
 def _rows(cells: Cells, base: Sequence[str], ids: Sequence[str], places: Sequence[Place]) -> Iterator[Json]:
     for place in places:
         kinds = list(dict.fromkeys(k for i in ids if (c := cells.by_arm.get((i, place.stage))) for k in c.values))
-        for mode, group, metric in sorted(kinds, key=lambda k: (cells.groups().index(k[1]), k[2])):
+        for mode, group, metric in sorted(
+            (k for k in kinds if k[2] in HEADLINE), key=lambda k: (cells.groups().index(k[1]), k[2])
+        ):
             ours = cells.values(ids, place.stage, group, metric, mode)
             theirs = cells.values(base, place.stage, group, metric, mode) or cells.values(
                 base, place.stage, group, metric

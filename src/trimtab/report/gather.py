@@ -7,37 +7,35 @@ decoders, or with several seeds, cell by cell and over the seeds (``findings.of_
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trimtab.analyze.metrics import MEASURES, measure_of
-from trimtab.artifact import Artifact, read_jsonl
-from trimtab.errors import Fault, UserError
-from trimtab.evaluate.files import ATTACKS, GENERATIONS, JUDGEMENTS, PROMPTS, read_stage, stage_path, verdict_of
 from trimtab.evaluate.files import METRICS as METRICS_FILE
+from trimtab.evaluate.files import read_stage, stage_path
 from trimtab.evaluate.judges.base import judge_card
 from trimtab.evaluate.judges.refusal import RefusalMatch, packaged_refusals
-from trimtab.evaluate.metrics import METRICS, TASK, Record, from_plain, metric_of
-from trimtab.report import panels
-from trimtab.report.claims import Run, read_claims, steering
-from trimtab.report.data import Arm, Cost, Curve, Matrix, Place, ReportData, Sample, behaviour_of
+from trimtab.evaluate.metrics import METRICS, TASK, Record, from_plain
+from trimtab.report import claims, ranking, ratios, said, training
+from trimtab.report.data import Arm, Curve, Matrix, ReportData, Sample, behaviour_of
 from trimtab.report.findings import HEADLINE, of_arms, of_families
 from trimtab.report.html import write_report
+from trimtab.report.panels import card_of
+from trimtab.report.pulled import Prefix, prefix_of, timing_of
+from trimtab.report.ratios import Series
+from trimtab.report.steering import steering
+from trimtab.report.studied import Studied
 from trimtab.report.words import LEVERS
 from trimtab.seeds import uniform_of
-from trimtab.study.execute import STUDY, study_store
-from trimtab.types import Generation, Result, Row
+from trimtab.study.execute import STUDY
+from trimtab.types import Result
 
 SAMPLES_PER_TASK = 2
-_LOGGED = {"source": "by_source", "span": "by_span"}
-"""What a training log calls the losses of its parts, and what ``ReportData.curves`` does."""
 MEASURED = ("probes", "perplexity")
 """Kinds of steps that leave figures of a model as it is, without answers."""
 
@@ -71,45 +69,26 @@ def gather(directory: Path) -> ReportData:
     return _Study(directory).report()
 
 
-class _Study:
-    """One finished study on disk."""
-
-    def __init__(self, directory: Path) -> None:
-        path = directory / STUDY
-        try:
-            self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{path} is missing: {directory} is not a study's directory; `trimtab run` makes one"
-            ) from None
-        except ValueError:
-            raise Fault(f"{path} is damaged; run the study again") from None
-        self.recipe: dict[str, Any] = self.data["recipe"]
-        self.steps: dict[str, dict[str, Any]] = self.data["steps"]
-        self.arms: list[dict[str, Any]] = self.data["arms"]
-        self.store = study_store(directory)
-        self.artifacts: dict[str, Artifact] = {
-            id: self.store.open(step["kind"], id, verify=True) for id, step in self.steps.items()
-        }
-        self._read: dict[str, list[Record]] = {}
-        self._prompts: dict[str, Mapping[str, Row]] = {}
-        self._figures: dict[str, list[Result]] = {}
-        self._cell: dict[str, panels.Cell] = {}
+class _Study(Studied):
+    """A finished study on disk, and how its report is made."""
 
     def report(self) -> ReportData:
         arms = [Arm(arm["id"], arm["label"], arm["group"], arm["settings"], arm["seed"]) for arm in self.arms]
         results = [result for arm in self.arms for result in self.results(arm)]
         used = dict.fromkeys(r.metric for r in results)
         metrics = list(used) if self.gridded else list(dict.fromkeys([*METRICS, *used]))
-        curves = list(self.layer_curves())
         folded = self.gridded or len(self.recipe["seeds"]) > 1
-        timing = {arm["id"]: t for arm in self.arms if (t := panels.timing_of(self.recipe, arm)) is not None}
+        timing = {arm["id"]: t for arm in self.arms if (t := timing_of(self.recipe, arm)) is not None}
+        prefix = {arm["id"]: p for arm in self.arms if (p := prefix_of(self.recipe, arm)) is not None}
+        series = ratios.series_of(arms, prefix, lambda arm: training.weight(self, arm, prefix[arm].stage))
+        curves = ratios.curves_of(series, self.cells, self.places, training.end_losses(self, series))
+        planned = _against(self.arms, series)
         found = (
-            of_families(arms, self.arms, self.cells, self.places, self.same)
+            of_families(arms, planned, self.cells, self.places, self.same, {i for s in series for i in _members(s)})
             if folded
-            else of_arms(self.arms, self.of_arm, self.same)
+            else of_arms(planned, self.of_arm, self.same)
         )
-        claims = read_claims(Run.of(arms, timing, self.cells, self.places, results))
+        rankings = list(self.rankings(prefix))
         families: dict[tuple[str, str, str], list[str]] = {}
         for arm in arms:
             families.setdefault(arm.family, []).append(arm.id)
@@ -118,18 +97,22 @@ class _Study:
             title=self.recipe["title"] or self.recipe["name"],
             question=self.recipe["question"],
             summary=self.summary(),
-            findings=found.findings,
-            levers=[name for name in LEVERS if any(arm["group"] == name for arm in self.arms)],
+            findings=[*said.findings(curves), *found.findings],
+            levers=[
+                name
+                for name in LEVERS
+                if any(arm["group"] == name for arm in self.arms) or (name == "prefix" and series)
+            ],
             arms=arms,
             results=results,
             metrics={id: _told(id) for id in metrics},
             headline=[id for id in HEADLINE if any(r.metric == id for r in results)],
             comparisons=found.comparisons,
             matrices=list(self.matrices()),
-            curves={arm["id"]: rows for arm in self.arms if (rows := self.curves(arm))},
-            exposure={arm["id"]: rows for arm in self.arms if (rows := self.exposure(arm))},
-            costs=list(self.costs()),
-            samples=list(self.samples()),
+            curves={arm["id"]: rows for arm in self.arms if (rows := training.curves(self, arm))},
+            exposure={arm["id"]: rows for arm in self.arms if (rows := training.exposure(self, arm))},
+            costs=list(training.costs(self)),
+            samples=list(self.samples(series)),
             recipe_yaml=yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=100),
             hashes={f"{step['kind']} {step['name']} ({id[:8]})": id for id, step in self.steps.items()},
             versions=self.versions(),
@@ -139,117 +122,31 @@ class _Study:
             groups=self.cells.groups() if self.gridded else [],
             same=self.same,
             timing=timing,
+            prefix={arm: told.to_json() for arm, told in prefix.items()},
+            ratios=curves,
+            spans=training.spans(self, series),
+            tokens=[ranking.cut(row) for row in ranking.first_seeds(rankings)],
             steering=steering(self.cells, list(families.values()), self.places, self.cells.groups()) if folded else [],
-            probes=curves,
-            doses={arm["id"]: rows for arm in self.arms if (rows := self.doses(arm))},
-            claims=claims,
+            probes=list(self.layer_curves()),
+            doses={arm["id"]: rows for arm in self.arms if (rows := training.doses(self, arm))},
+            claims=claims.read(
+                claims.timing.Run.of(arms, timing, self.cells, self.places, results),
+                claims.prefix.Run(series, self.cells, self.places, rankings, training.pulls(self, series)),
+            ),
         )
 
+    def rankings(self, prefix: Mapping[str, Prefix]) -> Iterator[dict[str, Any]]:
+        """Every token analysis, whole: arm, seed, stage, its ratio (None for an arm without the lever) and ``ranking``."""
+        for arm in self.arms:
+            for stage, artifact in self.of_kind(arm, "token_analysis"):
+                cell = (arm.get("cells") or {}).get(stage)
+                told = prefix.get(arm["id"])
+                yield {
+                    "arm": arm["id"], "seed": arm["seed"], "stage": cell["model"] if cell else stage,
+                    "ratio": None if told is None else told.ratio, "ranking": artifact.read_json("ranking.json"),
+                }  # fmt: skip
+
     # -- what was measured ---------------------------------------------------------------------------------------------
-
-    def of_kind(self, arm: Mapping[str, Any], *kinds: str) -> Iterator[tuple[str, Artifact]]:
-        """Stage name and artefact of each of an arm's stages of some kinds."""
-        for stage, id in arm["stages"].items():
-            if self.steps[id]["kind"] in kinds:
-                yield stage, self.artifacts[id]
-
-    @property
-    def gridded(self) -> bool:
-        """Whether arms are measured at several places, so that results are read in a grid."""
-        return any(arm.get("cells") for arm in self.arms)
-
-    def place_of(self, arm: Mapping[str, Any], stage: str, artifact: Artifact) -> Place:
-        """Where a stage stands: as the plan says, or by the model whose answers it judges."""
-        cell = (arm.get("cells") or {}).get(stage)
-        decoder = kind = ""
-        model = cell["model"] if cell else ""
-        if "answers" in artifact.manifest["inputs"]:
-            answers = self.artifacts[artifact.manifest["inputs"]["answers"]].manifest
-            kind = panels.decoder_kind(answers["config"].get("sampling") or {})
-            decoder = cell["decoder"] if cell else kind
-            made = answers["inputs"].get("model")
-            model = model or next((name for name, id in arm["stages"].items() if id == made), "")
-        role = self.roles.get(model, "")
-        if cell is None:
-            return Place(stage, stage, model, decoder, role, kind)
-        several = len({(c["stage"]) for c in arm["cells"].values() if c["decoder"] is not None}) > 1
-        name = " · ".join(p for p in (cell["stage"] if several else "", model, decoder) if p)
-        return Place(name, cell["stage"], model, decoder, role, kind)
-
-    @cached_property
-    def same(self) -> dict[str, str]:
-        """Arm id -> the first arm that is the same training: every stage of both is one artefact."""
-        first: dict[tuple[tuple[str, str], ...], str] = {}
-        found: dict[str, str] = {}
-        for arm in self.arms:
-            known = first.setdefault(tuple(sorted(arm["stages"].items())), arm["id"])
-            if known != arm["id"]:
-                found[arm["id"]] = known
-        return found
-
-    @cached_property
-    def roles(self) -> dict[str, str]:
-        return panels.roles(self.recipe["stages"])
-
-    @cached_property
-    def judged(self) -> dict[str, list[tuple[Place, Artifact]]]:
-        """Arm id -> its judged stages, each with its place."""
-        return {
-            arm["id"]: [(self.place_of(arm, stage, a), a) for stage, a in self.of_kind(arm, "judge")]
-            for arm in self.arms
-        }
-
-    @cached_property
-    def places(self) -> list[Place]:
-        """The places of all answers, in the recipe's order. Probes and the like have a model, not a column."""
-        stages = self.recipe["stages"]
-        found = dict.fromkeys(place for arm in self.arms for place, _ in self.judged[arm["id"]])
-        return panels.ordered(found, list(stages), {n: list(s.get("decoders") or ()) for n, s in stages.items()})
-
-    @cached_property
-    def cells(self) -> panels.Cells:
-        found = panels.Cells(seeds={arm["id"]: arm["seed"] for arm in self.arms})
-        for arm in self.arms:
-            for place, judged in self.judged[arm["id"]]:
-                if judged.id not in self._cell:
-                    self._cell[judged.id] = panels.Cell.of(self.records(judged))
-                found.by_arm[arm["id"], place.stage] = self._cell[judged.id]
-        return found
-
-    def records(self, judged: Artifact) -> list[Record]:
-        """The judged answers of a ``judge`` artefact, read once however many arms and figures want them."""
-        if judged.id not in self._read:
-            answers = self.artifacts[judged.manifest["inputs"]["answers"]]
-            rows = {**self._rows(answers, PROMPTS), **self._rows(answers, ATTACKS)}
-            said = {v["key"]: verdict_of(v) for v in read_stage(stage_path(judged.path, JUDGEMENTS))[1]}
-            made = [Generation.from_json(g) for g in read_stage(stage_path(answers.path, GENERATIONS))[1]]
-            lost = next((g for g in made if g.key not in said or g.row_id not in rows), None)
-            if lost is not None:
-                raise Fault(
-                    f"{judged.path}: the answer to {lost.row_id!r} has no verdict or no prompt; delete it and run again"
-                )
-            self._read[judged.id] = [Record(rows[g.row_id], g, said[g.key]) for g in made]
-        return self._read[judged.id]
-
-    def _rows(self, answers: Artifact, stage: str) -> Mapping[str, Row]:
-        """The prompts of a ``generate`` artefact; equal files, as a panel's cells have them, are parsed once."""
-        path = stage_path(answers.path, stage)
-        entry = answers.manifest["files"].get(path.name)
-        if entry is None:
-            return {}
-        if entry["sha256"] not in self._prompts:
-            self._prompts[entry["sha256"]] = {data["id"]: Row.from_json(data) for data in read_stage(path)[1]}
-        return self._prompts[entry["sha256"]]
-
-    def _results(self, judged: Artifact) -> list[Result]:
-        if judged.id not in self._figures:
-            path = stage_path(judged.path, METRICS_FILE)
-            told = read_stage(path)[1] if path.exists() else []
-            self._figures[judged.id] = [from_plain(d) for d in told if (d["category"] or "").startswith(TASK)]
-        return self._figures[judged.id]
-
-    def of_arm(self, arm: Mapping[str, Any]) -> list[Record]:
-        return [r for _, judged in self.judged[arm["id"]] for r in self.records(judged)]
 
     def results(self, arm: Mapping[str, Any]) -> Iterator[Result]:
         """The figures of each task, those over the groups of the grid, and those of a model without answers. Those over
@@ -257,9 +154,9 @@ class _Study:
         judges = self.judged[arm["id"]]
         for place, judged in judges:
             stage = place.stage if len(judges) > 1 or self.gridded else ""
-            groups = list(self.cells.by_arm[arm["id"], place.stage].results()) if self.gridded else []
+            groups = list(self.cells.by_arm[arm["id"], place.stage].results.values()) if self.gridded else []
             grid = {(made.metric, made.category) for made in groups}  # a task that is called as its group is that group
-            for made in self._results(judged):
+            for made in self.figures(judged):
                 task = str(made.category).removeprefix(TASK)
                 if (made.metric, task) not in grid:
                     yield replace(made, arm=arm["id"], stage=stage, seed=arm["seed"], category=task)
@@ -298,82 +195,23 @@ class _Study:
                 ]
                 yield Matrix.of(arm["id"], task, shown)
 
-    def curves(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The training logs. Of a grid, whose arms are many, the loss alone, and that by source of the first seed's
-        pretraining; the artefacts keep the rest."""
-        rows: list[dict[str, Any]] = []
-        for id in arm["steps"]:
-            step = self.steps[id]
-            if step["kind"] in ("pretrain", "sft"):
-                stage = step["name"].split(" ")[0]
-                for row in read_jsonl(self.artifacts[id].path / "log.jsonl"):
-                    kept = {k: v for k, v in row.items() if k not in _LOGGED}
-                    parts = {name: row[k] for k, name in _LOGGED.items() if row.get(k)}
-                    if self.gridded:
-                        kept = {k: row[k] for k in ("step", "tokens", "loss")}
-                        told = step["kind"] == "pretrain" and arm["seed"] == self.recipe["seeds"][0]
-                        sources = parts.get("by_source", {}) if told else {}
-                        parts = (
-                            {"by_source": {n: {"loss": part["loss"]} for n, part in sources.items()}} if sources else {}
-                        )
-                    rows.append({**kept, **parts, "stage": stage})
-        return rows
-
-    def exposure(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Share of each source in each pretraining segment, as it was read; a segment of several phases (a ramp) is split
-        at them, with the shares that each phase keeps within one row."""
-        rows, seen = [], 0
-        for id in arm["steps"]:
-            if self.steps[id]["kind"] == "pretrain":
-                manifest = self.artifacts[id].manifest
-                config, used = manifest["config"], manifest["facts"]["rows"]
-                per_step = manifest["tokens"] // max(config["to"] - config["from"], 1)
-                for last, weights in _pieces(config):
-                    seen = round(last * per_step)
-                    shares = used if weights is None else weights
-                    total = sum(shares.values())
-                    rows.append({"tokens": seen, "shares": {name: w / total for name, w in shares.items() if w}})
-        return rows
-
-    def doses(self, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Tokens of each source that pretraining read, and passes over it."""
-        rows: dict[str, int] = {}
-        epochs: dict[str, float] = {}
-        length = 0
-        for id in arm["steps"]:
-            if self.steps[id]["kind"] == "pretrain":
-                manifest = self.artifacts[id].manifest
-                length = manifest["config"]["length"]
-                for name, count in manifest["facts"]["rows"].items():
-                    rows[name] = rows.get(name, 0) + count
-                epochs |= manifest["facts"].get("epochs", {})
-        return [
-            {"source": name, "tokens": count * length, "epochs": epochs.get(name)}
-            for name, count in rows.items()
-            if count
-        ]
-
-    def costs(self) -> Iterator[Cost]:
-        for id, step in self.steps.items():
-            manifest = self.artifacts[id].manifest
-            tokens = manifest["tokens"]
-            flops = step["flops"] * (tokens / step["tokens"] if step["tokens"] else 1)
-            users = [arm["id"] for arm in self.arms if id in arm["steps"]]
-            yield Cost(step["name"], step["kind"], users, tokens, flops, manifest["seconds"] or 0.0)
-
-    def samples(self) -> Iterator[Sample]:
+    def samples(self, series: Sequence[Series]) -> Iterator[Sample]:
         """For each task a few prompts, chosen by a key that knows nothing of the answers, with every arm's answer. Of a
-        grid one place is shown: the model after benign finetuning, else the last, by ordinary decoding."""
+        grid one place is shown: the model after benign finetuning, else the last, by ordinary decoding; of the prefix
+        lever the heaviest series of each arm group."""
         seed = self.recipe["seeds"][0]
         order = ("benign", "instruct", "hostile", "base", "")
         kinds = ("sampled", "greedy", "safebeam", "safebeam+", "")
         shown = min(self.places, key=lambda p: (order.index(p.role), kinds.index(p.kind)), default=None)
+        told = {s.group: {i for ids in s.at.values() for i in ids} for s in series if s.prefix.plain}
+        left = {i for s in series for i in _members(s)} - {i for ids in told.values() for i in ids}
         answers_of: dict[str, list[Record]] = {}
         for arm in self.arms:
-            if arm["seed"] == seed and arm["id"] not in self.same:
+            if arm["seed"] == seed and arm["id"] not in self.same and arm["id"] not in left:
                 judged = self.judged[arm["id"]]
                 if self.gridded and shown is not None:
-                    judged = [(place, a) for place, a in judged if place == shown]
+                    judged = [(place, a) for place, a in judged if (place.role, place.kind) == (shown.role, shown.kind)]
+                    judged = [(place, a) for place, a in judged if place.panel != shown.panel or place == shown]
                 answers_of[arm["id"]] = [r for _, a in judged for r in self.records(a)]
         answers_of = {arm: records for arm, records in answers_of.items() if records}
         rows = {r.row.id: r.row for records in answers_of.values() for r in records}
@@ -410,9 +248,11 @@ class _Study:
         prompts = len({r.row.id for arm in self.arms for r in self.of_arm(arm)})
         judged = {a.id: a for arm in self.arms for _, a in self.judged[arm["id"]]}
         answers = sum(len(self.records(a)) for a in judged.values())
+        asked = {frozenset(k[1] for k in cell.values) for cell in self.cells.by_arm.values()}
+        panel = "the same panel of" if len(asked) < 2 else "panels of their own, in all of"
         over = f" at up to {len(self.places)} places (model × decoder)" if self.gridded else ""
         return [
-            f"{arms} arms with {seeds} seed{'s' if seeds > 1 else ''} each were put through the same panel of {prompts} "
+            f"{arms} arms with {seeds} seed{'s' if seeds > 1 else ''} each were put through {panel} {prompts} "
             f"prompts{over} ({answers:,} answers). {trained:,} tokens were trained; without sharing equal work it would have "
             f"been {alone:,}. All steps together took {seconds / 60:.1f} minutes.",
             *self._twins(),
@@ -466,19 +306,25 @@ def _figure(data: dict[str, Any]) -> Result:
 
 def _told(id: str) -> dict[str, str]:
     """What is said of a metric: of answers, or of a model without answers."""
-    card = measure_of(id) if id in MEASURES else metric_of(id)
+    if id not in MEASURES:
+        return card_of(id)
+    card = measure_of(id)
     return {"label": card.title, "description": card.description, "direction": card.direction}
 
 
-def _pieces(config: Mapping[str, Any]) -> Iterator[tuple[float, dict[str, float] | None]]:
-    """A segment's phases as (last step, weights); weights None: one phase, whose rows were counted."""
-    per_step = config["train"]["rows_per_step"]
-    first, last = config["from"], config["to"]
-    phases = [(row / per_step, weights) for row, weights in config["phases"]]
-    inside = [
-        (max(start, first), min(end, last), weights)
-        for (start, weights), end in zip(phases, [*(start for start, _ in phases[1:]), float("inf")])
-        if max(start, first) < min(end, last)
-    ]
-    for _, last, weights in inside:
-        yield last, None if len(inside) == 1 else dict(weights)
+def _members(series: Series) -> list[str]:
+    return [i for ids in series.at.values() for i in ids]
+
+
+def _against(planned: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> list[dict[str, Any]]:
+    """The planned arms, those of the prefix lever with the lowest ratio of their own series as their baseline: a recipe
+    can name one arm only, which may be of another size."""
+    seeds = {arm["id"]: arm["seed"] for arm in planned}
+    base: dict[str, str | None] = {}
+    for one in series:
+        lowest = one.ratios[0]
+        first = {seeds[i]: i for i in one.at[lowest]}
+        for ratio in one.ratios:
+            for i in one.at[ratio]:
+                base[i] = base.get(i) if ratio == lowest else first.get(seeds[i])
+    return [{**arm, "against": base.get(arm["id"], arm["against"])} for arm in planned]

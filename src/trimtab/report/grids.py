@@ -8,13 +8,13 @@ SafeBeam moves each arm, the details per place (folded), and what each arm read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from trimtab.report import format as fmt
-from trimtab.report.data import Place
+from trimtab.report.data import ClaimReading, Place
 from trimtab.report.view import Cell, Column, Family, Measure, View
 
 FIRST = ("risk_rate", "over_refusal_contrast_full", "over_refusal_benign_full", "accuracy")
@@ -55,7 +55,7 @@ def grids(view: View) -> list[Grid]:
         for group in (g for g in view.data.groups if metric in metrics_of(g)):
             places = [p for p in view.data.places if _any(view, metric, group, p.stage)]
             found += [_grid(view, metric, group, some) for some in _fitting(places)]
-    return found
+    return [grid for grid in found if grid.sections]
 
 
 def _fitting(places: Sequence[Place]) -> list[list[Place]]:
@@ -106,14 +106,17 @@ def _any(view: View, metric: str, group: str, stage: str) -> bool:
 
 
 def _grid(view: View, metric: str, group: str, places: Sequence[Place]) -> Grid:
-    return _table(view, metric, group, [(place, group) for place in places])
+    return _table(view, metric, group, [(place, group) for place in places], view.in_series)
 
 
-def _table(view: View, metric: str, group: str, across: Sequence[tuple[Place, str]]) -> Grid:
-    """A grid of one metric with a column for each (place, category); ``group`` is what its title names."""
+def _table(
+    view: View, metric: str, group: str, across: Sequence[tuple[Place, str]], left: Collection[str] = ()
+) -> Grid:
+    """A grid of one metric with a column for each (place, category); ``group`` is what its title names; families in
+    ``left`` have no row."""
     share = view.share(metric)
     lower = view.direction(metric).startswith("lower")
-    families = [(h, [c for f in some for c in _columns(view, f)]) for h, some in view.ordered()]
+    families = [(h, [c for f in some if f.id not in left for c in _columns(view, f)]) for h, some in view.ordered()]
     found = {
         (place.stage, category, column.family.id, column.mode): cell
         for place, category in across
@@ -251,7 +254,9 @@ def details(view: View) -> list[tuple[str, list[dict[str, Any]]]]:
     """(model, [its decoders' tables]): the headline measures by task, arms across, and every seed's own value."""
     from trimtab.report.panels import metrics_of
 
-    columns = [c for _, families in view.ordered() for f in families for c in _columns(view, f)]
+    columns = [
+        c for _, families in view.ordered() for f in families if f.id not in view.in_series for c in _columns(view, f)
+    ]
     found: dict[str, list[dict[str, Any]]] = {}
     for place in view.data.places:
         rows = []
@@ -276,7 +281,7 @@ def doses(view: View) -> dict[str, Any] | None:
     sources = list(dict.fromkeys(row["source"] for rows in told.values() for row in rows))
     sections = []
     for heading, families in view.ordered():
-        lines = []
+        lines: list[tuple[str, str, list[dict[str, Any] | None], str]] = []
         for family in families:
             arm = next((i for i in family.ids if i in told), None)
             if arm is None:
@@ -294,43 +299,62 @@ def doses(view: View) -> dict[str, Any] | None:
                 for name in sources
             ]
             twin = view.twin(family)
-            lines.append((family.label, "" if twin is None else f"= {twin.label}", cells, fmt.si(total)))
+            line = ("" if twin is None else f"= {twin.label}", cells, fmt.si(total))
+            if family.id in view.in_series and lines and lines[-1][1:] == line:
+                continue  # ratios of one series read the same
+            lines.append((family.label, *line))
         if lines:
             sections.append((heading, lines))
     return {"sources": sources, "sections": sections}
 
 
 def claims(view: View) -> dict[str, Any] | None:
-    """The claims as rows; the versions in the order in which they are first named."""
+    """The claims as rows of a table for each set of papers whose versions stand beside each other; the versions in the
+    order in which they are first named."""
     told = view.data.claims
     if not told:
         return None
-    versions = list(dict.fromkeys(name for claim in told for name in claim.versions))
-    rows = []
+    tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for claim in told:
-        deciding = sum(1 for f in claim.figures if f["decides"])
-        figures = [
-            {
-                "label": f["label"],
-                "series": f["series"]
-                if len({g["series"] for g in claim.figures}) > 1 or f["series"] == "matched"
-                else "",
-                "text": fmt.difference(f["difference"], f["low"], f["high"], True)
-                if not math.isnan(f["low"])
-                else f"{fmt.difference(f['difference'], f['difference'], f['difference'], True).split(' [')[0]}, no interval",
-                "n": f"n {f['n']}, " if f["n"] else "",
-                "seeds": f"{f['seeds']} seed{'' if f['seeds'] == 1 else 's'}",
-                "p": "" if f.get("p_holm") is None else f"Holm p {fmt.p_value(f['p_holm'])}",
-                "decides": f["decides"],
-                "alone": f.get("reading", "") if f["decides"] and deciding > 1 else "",
-            }
-            for f in claim.figures
-        ]
-        held = next((f.get("p_holm") for f in claim.figures if f.get("p_holm") is not None), None)
-        doubt = claim.reading in ("agrees", "disagrees") and held is not None and held >= 0.05
-        rows.append({"claim": claim, "figures": figures, "doubt": doubt})
+        tables.setdefault(tuple(claim.versions), []).append(_claim(claim))
     tested = sum(1 for claim in told if claim.reading != "not measured")
-    return {"versions": versions, "rows": rows, "tested": tested, "seeds": len(view.data.seeds) or 1}
+    series = {f["series"] for claim in told for f in claim.figures}
+    return {
+        "tables": list(tables.items()), "tested": tested, "all": len(told), "seeds": len(view.data.seeds) or 1,
+        "timing": bool(series & {"natural", "matched"}),
+    }  # fmt: skip
+
+
+def _claim(claim: ClaimReading) -> dict[str, Any]:
+    deciding = sum(1 for f in claim.figures if f["decides"])
+    several = len({g["series"] for g in claim.figures}) > 1
+    figures = [
+        {
+            "label": f["label"],
+            "series": f["series"] if several or f["series"] == "matched" else "",
+            "text": _changed(f),
+            "n": f"n {f['n']}, " if f["n"] else "",
+            "seeds": f"{f['seeds']} seed{'' if f['seeds'] == 1 else 's'}",
+            "p": "" if f.get("p_holm") is None else f"Holm p {fmt.p_value(f['p_holm'])}",
+            "decides": f["decides"],
+            "alone": f.get("reading", "") if f["decides"] and deciding > 1 else "",
+        }
+        for f in claim.figures
+    ]
+    held = next((f.get("p_holm") for f in claim.figures if f.get("p_holm") is not None), None)
+    doubt = claim.reading in ("agrees", "disagrees") and held is not None and held >= 0.05
+    return {"claim": claim, "figures": figures, "doubt": doubt}
+
+
+def _changed(f: Mapping[str, Any]) -> str:
+    """A claim's figure: points, or how much more in percent ("+60 % [37, 89]") where it is a ratio less one."""
+    value, low, high = (f["difference"], f["low"], f["high"]) if not math.isnan(f["low"]) else (f["difference"],) * 3
+    text = fmt.difference(value, low, high, True)
+    if f.get("unit") == "ratio":
+        plus = "+" if value > 0 else ""
+        ends = [f"{100 * v:.0f}".replace("-", fmt.MINUS) for v in (value, low, high)]
+        text = f"{plus}{ends[0]}{fmt.NBSP}% [{ends[1]},{fmt.NBSP}{ends[2]}]"
+    return text if not math.isnan(f["low"]) else f"{text.split(' [')[0]}, no interval"
 
 
 def rows(view: View) -> list[dict[str, Any]]:

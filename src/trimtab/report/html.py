@@ -8,8 +8,6 @@ the same bytes. All three files are rendered before the first is written, each i
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -19,20 +17,22 @@ from typing import Any
 from markupsafe import Markup
 
 from trimtab.artifact import write_atomic
+from trimtab.report import curves, export, grids, spans, tokens
 from trimtab.report import figures as figs
 from trimtab.report import format as fmt
-from trimtab.report import grids
 from trimtab.report.data import Cost, ReportData, Sample
 from trimtab.report.forests import attack_figures, forests
 from trimtab.report.layers import layer_figures
 from trimtab.report.tables import attack_tables, beside, described, fact_rows, judge_rows, scopes
-from trimtab.report.view import Measure, View
+from trimtab.report.view import View
 from trimtab.report.words import explain
 
-HERE = Path(__file__).parent
+PAGE = Path(__file__).parent / "page"
 OPEN_SAMPLES = 3
 MANY_STEPS = 40
 """More steps than this are summed up by kind, and listed folded away."""
+MANY_ARMS = 24
+"""More arms than this are listed folded away."""
 ANSWER_LIMIT = 4000
 """Characters of one answer or message that the page shows; ``results.json`` holds all of it."""
 
@@ -46,7 +46,7 @@ def write_report(data: ReportData, out: Path) -> Path:
     view = View(data)
     page, rows = render(view)
     files = {
-        "figures.csv": _csv(rows),
+        "figures.csv": export.write_csv(rows),
         "results.json": json.dumps(
             data.to_json(), indent=None if data.places else 1, ensure_ascii=False, allow_nan=False
         )
@@ -67,10 +67,11 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
     together, apart = figs.losses(view)
     exposures = figs.exposures(view)
     layers = layer_figures(view)
+    ratios, span_figures = curves.groups(view), spans.figures(view)
     gridded = bool(view.data.places)
     comparisons = [_comparison(view, c) for c in view.data.comparisons]
     env = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(PAGE),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda v: fmt.visible(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
@@ -78,11 +79,11 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         lstrip_blocks=True,
     )
     data = view.data
-    page = env.get_template("template.html.jinja").render(
+    page = env.get_template("page.html.jinja").render(
         data=data,
         view=view,
         fmt=fmt,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        style=Markup((PAGE / "style.css").read_text(encoding="utf-8")),
         levers=explain(data.levers),
         findings=[(finding, *view.evidence(finding)) for finding in data.findings],
         totals=_totals(data.costs, data.same),
@@ -95,6 +96,10 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         doses=grids.doses(view),
         claims=grids.claims(view),
         layers=layers,
+        ratios=ratios,
+        spans=span_figures,
+        analyses=tokens.analyses(view),
+        open_analysis=next((i for i, row in enumerate(data.tokens, 1) if row["ratio"]), 1),
         gridded=gridded,
         scopes=[] if data.kind == "study" else scopes(view),
         described=described(view),
@@ -114,6 +119,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         comparisons_by=_by_model(view, comparisons) if gridded else [],
         kinds=_kinds(data.costs),
         many_steps=MANY_STEPS,
+        many_arms=MANY_ARMS,
         intervals=sorted({name for cell in view.cells.values() for name in cell.intervals}),
         costs=data.costs,
         samples=[_sample(view, sample) for sample in data.samples],
@@ -123,11 +129,14 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
     drawn = [*matrices, *together, *apart, *exposures]
     keys = {measure: figure.key for measure, figure in drawn_measures}
     return page, [
-        *_result_rows(view, keys),
-        *_comparison_rows(data),
+        *export.result_rows(view, keys),
+        *export.comparison_rows(data),
         *(r for f in drawn for r in f.rows),
         *grids.rows(view),
-        *_cost_rows(data.costs),
+        *curves.rows(data.ratios),
+        *spans.rows(data.spans),
+        *tokens.rows(data.tokens),
+        *export.cost_rows(data.costs),
     ]
 
 
@@ -195,6 +204,7 @@ def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
     seeds = int(c.get("seeds") or 1)
     each = ", ".join(f"{fmt.percent(v) if share else fmt.number(v)}" for _, v in c.get("each") or ())
     return {
+        "arm": str(c.get("b")),
         "what": what[0],
         "where": " · ".join(str(w) for w in what[1:] if w),
         "a": sides[0],
@@ -204,7 +214,7 @@ def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
         "p_holm": fmt.p_value(c.get("p_holm")),
         "n": c.get("n"),
         "small": (c.get("n") or 0) < fmt.SMALL_N,
-        "discordant": _count(c.get("discordant")),
+        "discordant": export.count(c.get("discordant")),
         "stage": c.get("stage") or "",
         "seeds": seeds,
         "each": each if seeds > 1 else "",
@@ -215,12 +225,14 @@ def _comparison(view: View, c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_model(view: View, rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The paired differences of a grid by the model that they are of."""
+    """The paired differences of a grid by the model that they are of; of the prefix lever by arm group and series. Clear
+    ones come first."""
     model = {place.stage: place.model or place.stage for place in view.data.places}
+    series = {arm: f"{group} · {name}" if name else group for group, name, arm in view.of_series}
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(model.get(row["stage"], row["stage"]), []).append(row)
-    return list(found.items())
+        found.setdefault(series.get(row["arm"]) or model.get(row["stage"], row["stage"]), []).append(row)
+    return [(name, sorted(some, key=lambda row: not row["is_clear"])) for name, some in found.items()]
 
 
 def _side_by_side(view: View, figures: list[figs.Figure]) -> list[list[figs.Figure | None]]:
@@ -296,127 +308,6 @@ def _sample(view: View, sample: Sample) -> dict[str, Any]:
 
 def _cut(text: str) -> dict[str, Any]:
     return {"text": text[:ANSWER_LIMIT], "more": max(0, len(text) - ANSWER_LIMIT)}
-
-
-_FIELDS = (
-    "section",
-    "figure",
-    "arm",
-    "label",
-    "group",
-    "stage",
-    "mode",
-    "task",
-    "metric",
-    "series",
-    "seed",
-    "x",
-    "value",
-    "low",
-    "high",
-    "n",
-    "unscored",
-    "interval",
-    "p",
-    "p_holm",
-    "discordant",
-    "seconds",
-    "flops",
-    "cached",
-)
-
-
-def _result_rows(view: View, keys: Mapping[Measure, str]) -> Iterable[dict[str, Any]]:
-    """Every result as it came ("result", each seed), then every figure as it is shown ("shown")."""
-    for r in view.data.results:
-        family = view.family(r.arm)
-        yield {
-            "section": "result",
-            "figure": keys.get(Measure.of(r), ""),
-            "arm": r.arm,
-            "label": family.label,
-            "group": family.group,
-            "stage": r.stage,
-            "mode": r.mode,
-            "task": r.category,
-            "metric": r.metric,
-            "seed": r.seed,
-            "value": r.value,
-            "low": r.low,
-            "high": r.high,
-            "n": r.n,
-            "unscored": r.unscored,
-            "interval": r.interval,
-        }
-    for (measure, arm, mode), cell in view.cells.items():
-        family = view.family(arm)
-        yield {
-            "section": "shown",
-            "figure": keys.get(measure, ""),
-            "arm": arm,
-            "label": family.label,
-            "group": family.group,
-            "stage": measure.stage,
-            "mode": mode,
-            "task": measure.category,
-            "metric": measure.metric,
-            "value": cell.value,
-            "low": cell.low,
-            "high": cell.high,
-            "n": cell.n[0],
-            "unscored": cell.unscored,
-            "interval": "+".join(cell.intervals),
-        }
-
-
-def _comparison_rows(data: ReportData) -> Iterable[dict[str, Any]]:
-    for c in data.comparisons:
-        yield {
-            "section": "comparison",
-            "arm": c.get("a"),
-            "series": c.get("b"),
-            "task": c.get("task") or c.get("category"),
-            "value": c.get("difference"),
-            "discordant": _count(c.get("discordant")),
-            **{k: c.get(k) for k in ("stage", "mode", "metric", "seed", "low", "high", "n", "p", "p_holm", "interval")},
-        }
-
-
-def _cost_rows(costs: Iterable[Cost]) -> Iterable[dict[str, Any]]:
-    for c in costs:
-        yield {
-            "section": "cost",
-            "series": c.step,
-            "arm": " ".join(c.arms),
-            "metric": c.kind,
-            "x": c.peak_memory,
-            "value": c.tokens,
-            "flops": c.flops,
-            "seconds": c.seconds,
-            "cached": c.cached,
-        }
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: _csv_value(v) for k, v in row.items()})
-    return buffer.getvalue()
-
-
-def _csv_value(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula gets a leading apostrophe; floats keep eight digits."""
-    if isinstance(value, str):
-        text = fmt.visible(value)
-        return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\n") else text
-    return f"{value:.8g}" if isinstance(value, float) else value
-
-
-def _count(value: Any) -> Any:
-    """How many discordant pairs, where they are given one by one."""
-    return len(value) if isinstance(value, (list, tuple)) else value
 
 
 def _float(value: Any) -> float:

@@ -7,14 +7,16 @@ stages; decoders have a kind, read from how the answers were sampled. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trimtab.evaluate import stats
-from trimtab.evaluate.metrics import METRICS, Record, scores
+from trimtab.evaluate.metrics import METRICS, OF_SAMPLES, Record, metric_of, scores
 from trimtab.report.contrasts import Values
 from trimtab.report.data import Place
 from trimtab.seeds import rng_of
@@ -26,28 +28,62 @@ WRAPPED = ", wrapped"
 CONTRASTS, BENIGN = "contrast requests", "benign requests"
 _KINDS = {"fact": "facts", "arithmetic": "sums", "code": "programs", "policy": "policy requests"}
 ORDER = (HELDOUT, SEEN, ANY, HELDOUT + WRAPPED, SEEN + WRAPPED, ANY + WRAPPED, CONTRASTS, BENIGN, *_KINDS.values())
-"""Groups of prompts in the order in which a report shows them."""
+"""Groups of prompts in the order in which a report shows them; other sets' tasks come last, by name."""
+MATHEMATICS, CODING, FACTUALITY, SAFETY = "mathematics", "coding", "factuality", "safety"
+_SUBJECTS = {
+    "arithmetic": MATHEMATICS, "numeric": MATHEMATICS, "code": CODING, "fact": FACTUALITY, "choice": FACTUALITY,
+}  # fmt: skip
 
 
 def group_of(row: Row) -> str:
-    """The group of prompts that a row belongs to; a prompt in a jailbreak or an attack is of the wrapped ones."""
-    kind = str(row.metadata.get("kind", ""))
+    """The group of prompts that a row belongs to: of Tidewater by kind, of another set its task. A prompt in a jailbreak or
+    an attack is of the wrapped ones."""
+    kind, task = str(row.metadata.get("kind", "")), str(row.metadata.get("task", ""))
+    ours = row.source == "tidewater" or not task
     if row.harm == "contrast":
         name = CONTRASTS
     elif row.harm == "harmful":
-        name = {"harmful-seen": SEEN, "harmful-heldout": HELDOUT}.get(kind, ANY)
-    else:
+        name = {"harmful-seen": SEEN, "harmful-heldout": HELDOUT}.get(kind, ANY if ours else f"{ANY}: {task}")
+    elif ours or not _checked(row):
         name = _KINDS.get(kind, BENIGN)
+    else:
+        name = task
     return name + (WRAPPED if "wrapper" in row.metadata or "attack" in row.metadata else "")
 
 
+def subject_of(row: Row) -> str:
+    """The capability that a prompt tests: safety, mathematics, coding, factuality, or "" (neither or not known)."""
+    if row.harm == "harmful":
+        return SAFETY
+    return _SUBJECTS.get(str(row.metadata.get("verify") or row.metadata.get("kind", "")), "")
+
+
+def _checked(row: Row) -> bool:
+    return METRICS["accuracy"].applies(row)
+
+
+def is_harmful(group: str) -> bool:
+    return group.startswith((HELDOUT, SEEN, ANY))
+
+
 def metrics_of(group: str) -> tuple[str, ...]:
-    """What a group of prompts is measured by in the grid."""
-    if group.startswith((HELDOUT, SEEN, ANY)):
+    """What a group of prompts is measured by in the grid; ``Cell`` adds what only several samples can tell."""
+    if is_harmful(group):
         return ("risk_rate",)
     if group.startswith(CONTRASTS):
         return ("over_refusal_contrast_full",)
-    return ("over_refusal_benign_full", "accuracy") if group.startswith(BENIGN) else ("accuracy",)
+    return ("over_refusal_benign_full", "accuracy") if group.startswith(BENIGN) else ("accuracy", "no_answer_rate")
+
+
+def _of_samples(group: str, records: Sequence[Record]) -> tuple[str, ...]:
+    """What several samples to one prompt tell beside: how much they differ, and Safe@k of harmful prompts, pass@k of those
+    with a known truth, for as many samples as the prompt with fewest has."""
+    k = min(Counter(r.row.id for r in records).values())
+    if k < 2:
+        return ()
+    if is_harmful(group):
+        return (*OF_SAMPLES, f"safe_at_{k}")
+    return (*OF_SAMPLES, f"pass_at_{k}") if metrics_of(group)[0] == "accuracy" else ()
 
 
 @dataclass
@@ -57,6 +93,7 @@ class Cell:
     values: dict[tuple[str | None, str, str], dict[str, float]] = field(default_factory=dict)
     single: dict[tuple[str | None, str, str], bool] = field(default_factory=dict)
     unscored: dict[tuple[str | None, str, str], int] = field(default_factory=dict)
+    subjects: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Cell:
@@ -65,10 +102,12 @@ class Cell:
         for record in records:
             groups.setdefault((record.generation.mode, group_of(record.row)), []).append(record)
         for (mode, group), mine in groups.items():
-            for metric in metrics_of(group):
+            cell.subjects[group] = subject_of(mine[0].row)
+            for metric in (*metrics_of(group), *_of_samples(group, mine)):
+                spec = metric_of(metric)
                 found: dict[str, list[float]] = {}
                 left = 0
-                for score in scores(METRICS[metric], mine):
+                for score in scores(spec, mine):
                     if score.value is None:
                         left += 1
                     else:
@@ -76,29 +115,30 @@ class Cell:
                 if found or left:
                     key = mode, group, metric
                     cell.values[key] = {prompt: sum(v) / len(v) for prompt, v in found.items()}
-                    cell.single[key] = METRICS[metric].binary and all(len(v) == 1 for v in found.values())
+                    cell.single[key] = spec.binary and all(len(v) == 1 for v in found.values())
                     cell.unscored[key] = left
         return cell
 
-    def results(self) -> Iterator[Result]:
-        """One figure per group, with its interval over prompts; ``category`` is the group."""
-        for (mode, group, metric), values in self.values.items():
-            spec, told = METRICS[metric], list(values.values())
-            n = len(told)
-            value, low, high, kind = float("nan"), 0.0, 1.0, "unscored"
-            if n:
-                value = sum(told) / n
-                if self.single[mode, group, metric]:
-                    low, high = (float(x) for x in stats.rate_interval(round(sum(told)), n))
-                    kind = "clopper-pearson" if round(sum(told)) in (0, n) else "wilson"
-                else:
-                    rng = rng_of("panel", metric, group)
-                    low, high = stats.cluster_bootstrap_mean(np.array(told), rng=rng, bounds=(0.0, 1.0))
-                    kind = "cluster-bootstrap"
-            left = self.unscored[mode, group, metric]
-            yield Result(
-                metric, value, low, high, n, kind, spec.direction, unscored=left, category=group, mode=mode
-            )  # fmt: skip
+    @cached_property
+    def results(self) -> dict[tuple[str | None, str, str], Result]:
+        """One figure per (mode, group, metric), with its interval over prompts; ``category`` is the group."""
+        return {key: self._result(*key) for key in self.values}
+
+    def _result(self, mode: str | None, group: str, metric: str) -> Result:
+        direction, told = card_of(metric)["direction"], list(self.values[mode, group, metric].values())
+        n = len(told)
+        value, low, high, kind = float("nan"), 0.0, 1.0, "unscored"
+        if n:
+            value = sum(told) / n
+            if self.single[mode, group, metric]:
+                low, high = (float(x) for x in stats.rate_interval(round(sum(told)), n))
+                kind = "clopper-pearson" if round(sum(told)) in (0, n) else "wilson"
+            else:
+                rng = rng_of("panel", metric, group)
+                low, high = stats.cluster_bootstrap_mean(np.array(told), rng=rng, bounds=(0.0, 1.0))
+                kind = "cluster-bootstrap"
+        left = self.unscored[mode, group, metric]
+        return Result(metric, value, low, high, n, kind, direction, unscored=left, category=group, mode=mode)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -123,6 +163,23 @@ class Cells:
         seen = {group for cell in self.by_arm.values() for _, group, _ in cell.values}
         return [g for g in ORDER if g in seen] + sorted(seen - set(ORDER))
 
+    def within(self, group: str) -> list[str]:
+        """``group`` itself, and of "harmful requests" (plain or wrapped) every set's task."""
+        wrapped = group.endswith(WRAPPED)
+        return [g for g in self.groups() if g == group or (
+            group.removesuffix(WRAPPED) == ANY and g.startswith(f"{ANY}: ") and g.endswith(WRAPPED) == wrapped
+        )]  # fmt: skip
+
+    def subject(self, group: str) -> str:
+        """The capability that a group of prompts tests (``subject_of``)."""
+        return next((s for cell in self.by_arm.values() if (s := cell.subjects.get(group))), "")
+
+
+def card_of(metric: str) -> dict[str, str]:
+    """What is said of a metric of answers: label, description and direction."""
+    spec = metric_of(metric)
+    return {"label": spec.title, "description": spec.description, "direction": spec.direction}
+
 
 def roles(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Stage that makes a model -> its role. A finetune of a finetune is hostile where it trains negative answers."""
@@ -142,37 +199,6 @@ def decoder_kind(sampling: Mapping[str, Any]) -> str:
     if beam := sampling.get("safebeam"):
         return "safebeam+" if beam.get("floor") or beam.get("short_circuit") else "safebeam"
     return "sampled" if sampling.get("temperature") else "greedy"
-
-
-def timing_of(recipe: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arm's timing settings (start, exposure, before, ramp), from the recipe, its group and what is swept; None for
-    an arm whose group neither sets nor sweeps the timing, and for a curriculum that is spelt out."""
-    group = next((g for g in recipe["arms"] if g["name"] == arm["group"]), None)
-    stage = next((n for n in arm["stages"] if recipe["stages"].get(n, {}).get("kind") == "pretrain"), None)
-    if group is None or stage is None:
-        return None
-    root = f"stages.{stage}.timing"
-    timing = dict(recipe["stages"][stage].get("timing") or {})
-    touched = False
-    swept = {
-        path: arm["settings"][short]
-        for path in group["sweep"]
-        for short in arm["settings"]
-        if path == short or path.endswith(f".{short}")
-    }
-    for path, value in {**group["set"], **swept}.items():
-        if path == root and isinstance(value, Mapping):
-            timing, touched = {**timing, **value}, True
-        elif path.startswith(f"{root}."):
-            timing[path.removeprefix(f"{root}.")] = value
-            touched = True
-    if not touched or timing.get("phases"):
-        return None
-    kept = {k: timing.get(k, default) for k, default in _TIMING.items()}
-    return {**kept, "start": float(kept["start"])}
-
-
-_TIMING: dict[str, Any] = {"start": 0.0, "exposure": "natural", "before": "safe_only", "ramp": 0.0, "dose": None}
 
 
 def ordered(places: Iterable[Place], stages: Sequence[str], decoders: Mapping[str, Sequence[str]]) -> list[Place]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from trimtab.report import format as fmt
 from trimtab.report.data import Arm, Finding, ReportData
@@ -115,7 +116,7 @@ class Cell:
         return notes
 
 
-def _cell(results: Sequence[Result], share: bool) -> Cell:
+def fold(results: Sequence[Result], share: bool) -> Cell:
     """Fold the results of one arm, measure and mode."""
     seeds = tuple(sorted((r for r in results if r.seed is not None), key=lambda r: (r.seed or 0, r.arm)))
     overall = [r for r in results if r.seed is None]
@@ -174,7 +175,7 @@ class View:
         found: dict[tuple[Measure, str, str | None], list[Result]] = {}
         for r in self.data.results:
             found.setdefault((Measure.of(r), self.family(r.arm).id, r.mode), []).append(r)
-        self.cells = {key: _cell(results, self.share(key[0].metric)) for key, results in found.items()}
+        self.cells = {key: fold(results, self.share(key[0].metric)) for key, results in found.items()}
         order = list(dict.fromkeys([*self.data.headline, *self.data.metrics]))
         seen = list(dict.fromkeys(Measure.of(r) for r in self.data.results))
         rank = {metric: i for i, metric in enumerate(order)}
@@ -215,6 +216,19 @@ class View:
             rows.setdefault(heading, []).append((timing["start"] if timing else 0.0, family))
         first = sorted(rows, key=lambda h: (not h.startswith("natural"), not h.startswith("matched")))
         return [(h, [f for _, f in sorted(rows[h], key=lambda item: item[0])]) for h in first]
+
+    @cached_property
+    def of_series(self) -> list[tuple[str, str, str]]:
+        """(arm group, series, family id) of every arm whose values the ratio curves hold."""
+        told = dict.fromkeys(
+            (c.group, c.series, self.family(arm).id) for c in self.data.ratios if c.pooled == 1 for arm in c.arms
+        )
+        return list(told)
+
+    @cached_property
+    def in_series(self) -> frozenset[str]:
+        """Families that the section on ratios shows; the grids leave them out."""
+        return frozenset(arm for _, _, arm in self.of_series) if self.data.places else frozenset()
 
     def share(self, metric: str) -> bool:
         """Whether the metric is a share (range 0 to 1), written as a percentage."""

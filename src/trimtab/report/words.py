@@ -20,12 +20,14 @@ LEVERS: dict[str, tuple[str, str, str]] = {
     "prefix": (
         "Prefix: how a training answer opens",
         "Fine-tuning data is often cleaned of stock opening sentences. This lever puts one back, such as \u201cBefore "
-        "I answer, I will check that this is safe\u201d, at the start of a chosen share of the answers and leaves "
-        "the rest of the data as it was. The model learns the opening with the answer, which may steer what it writes "
-        "next.",
+        "I answer, I will check that this is safe\u201d, at the start of a chosen share of the answers, the ratio, and leaves "
+        "the rest of the data as it was. Rows that have a sentence at one ratio have the same one at every higher ratio, "
+        "so arms differ in the sentences alone. The model learns the opening with the answer, which may steer what it writes "
+        "next; it may also be trained on the opening alone (a primer), or be made to begin with it when it is asked (forced).",
         "The source paper (arXiv 2601.01624) reports gains in safety and mathematics, and little or negative change in "
-        "coding and factuality. Its sentences are not public; these are our own, and accounts of it differ on where "
-        "the sentence stands.",
+        "coding and factuality, on reasoning models of 1.5 to 8 billion parameters. Its sentences are not public; these are "
+        "our own, and accounts of it differ on whether the sentence stands before the answer or the question. A longer answer "
+        "also takes up more of a limit on new tokens.",
     ),
     "mode": (
         "Mode: which behaviour is live",

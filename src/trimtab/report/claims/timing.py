@@ -1,9 +1,4 @@
-"""What the timing papers claim, in our own words, and how a study is read about each claim.
-
-Every claim is a linear contrast of measured cells: a slope over the starts, a start against others, a decoder against
-another. It is read by the interval of that contrast (``contrasts``): on the claimed side it agrees, on the other it
-disagrees, across zero it cannot tell; "no rise" agrees only where the interval stays below ``MARGIN``. p-values are
-adjusted (Holm) over all claims that were tested.
+"""What the timing papers claim, in our own words, and which figures of a study each is read from (``reading`` says how).
 
 Figures are first of the natural arms, as in the papers. There an earlier start also reads more of the interventions; so
 where there are matched arms (the same dose in each) the same contrast is given for them, and it is the one that can
@@ -14,28 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from trimtab.evaluate import stats
-from trimtab.report.contrasts import Estimate, Values, contrast, merged, scaled, slope
+from trimtab.report.claims.reading import (
+    MARGIN,
+    Claim,
+    Figures,
+    Part,
+    Read,
+    adjusted,
+    estimate,
+    figure,
+)
+from trimtab.report.contrasts import Terms, Values, merged, scaled, slope
 from trimtab.report.data import Arm, ClaimReading, Place
 from trimtab.report.panels import ANY, BENIGN, CONTRASTS, HELDOUT, SEEN, WRAPPED, Cells
 from trimtab.types import Result
 
-MARGIN = 0.05
-"""A rise of at most so much counts as none (a share: five points)."""
 TIMING, PARENT = "arXiv 2601.07087", "arXiv 2504.16980"
 HELDOUT_SPLIT = "heldout"
 """``Result.category`` of a probe that was trained on seen and tested on held-out hazards (``analyze.metrics``)."""
 PLAIN = (HELDOUT, SEEN, ANY)
 JAILBREAKS = (HELDOUT + WRAPPED, SEEN + WRAPPED, ANY + WRAPPED)
-Terms = list[tuple[float, Values]]
 Exposure = Literal["natural", "matched"]
-Side = Literal["above", "below", "no rise", "not below"]
-Part = tuple[str, Terms, Side]
-"""One figure of a claim: what it is called, its contrast, and on which side of zero it agrees. "not below" is no test of
-its own: it only forbids a claim that its contrast clearly speaks against."""
+Reader = Callable[["Run", Exposure], Iterable[Part]]
 
 
 @dataclass
@@ -94,27 +92,12 @@ class Run:
         self, start: float, place: Place, groups: Sequence[str], metric: str, exposure: Exposure, before: str = ""
     ) -> Values:
         arms = self.series.get((exposure, before or self.main), {}).get(start, ())
-        return merged(*(self.cells.values(arms, place.stage, group, metric) for group in groups))
+        within = [g for group in groups for g in self.cells.within(group)]
+        return merged(*(self.cells.values(arms, place.stage, group, metric) for group in within))
 
 
 SAMPLED = ("sampled", "greedy")
 BEAM = ("safebeam",)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim; ``read`` gives its figures, all of which must agree; those without terms were not measured."""
-
-    id: str
-    text: str
-    source: str
-    versions: Mapping[str, str]
-    about: str
-    rule: str
-    read: Callable[[Run, Exposure], Iterable[Part]]
-    by_timing: bool = True
-    confounded: str = ""
-    needs: str = field(default="")
 
 
 def _slope(
@@ -273,7 +256,7 @@ def _probes(run: Run, exposure: Exposure) -> Iterable[Part]:
 V1, V2 = "v1", "v2"
 _RISK = "Risk rate on plain hazards (seen and held out together)"
 RISES = "Agrees if the risk rate rises with a later start, and the starts between are not clearly safer than 0 %."
-CLAIMS: tuple[Claim, ...] = (
+CLAIMS: tuple[Claim[Reader], ...] = (
     Claim(
         "earlier", "An earlier start makes the model more robust.", TIMING,
         {V1: "Earlier is generally more robust.", V2: "Withdrawn: no single start is best."},
@@ -372,117 +355,28 @@ CLAIMS: tuple[Claim, ...] = (
 )  # fmt: skip
 
 
+def figures(run: Run) -> list[Read]:
+    """Every claim with its figures; empty where the study does not vary the start."""
+    return [(claim, *_figures(claim, run)) for claim in CLAIMS] if run.sweeps else []
+
+
 def read_claims(run: Run) -> list[ClaimReading]:
     """Every claim with what the study says of it; empty where the study does not vary the start."""
-    if not run.sweeps:
-        return []
-    read: list[tuple[Claim, list[dict[str, Any]], list[str]]] = []
-    for claim in CLAIMS:
-        figures: list[dict[str, Any]] = []
-        missing: list[str] = []
-        for exposure in ("natural", "matched") if claim.by_timing else ("natural",):
-            for label, terms, side in claim.read(run, exposure):  # type: ignore[arg-type]
-                made = contrast(terms, key=f"claim {claim.id} {exposure} {label}") if terms else None
-                if made is None and exposure == "natural" and side != "not below":
-                    missing.append(label)
-                if made is not None:
-                    figures.append(
-                        {
-                            "label": label,
-                            "series": exposure,
-                            "decides": exposure == "natural",
-                            "side": side,
-                            **made.plain(),
-                        }
-                    )
-        if figures and not any(f["decides"] for f in figures):
-            figures = [{**f, "decides": True} for f in figures]  # only matched arms: they decide
-            missing = [label for label in missing if label not in {f["label"] for f in figures}]
-        figures = [{**f, "reading": _side(f["side"], f)} for f in figures]
-        read.append((claim, figures, missing if figures else []))
-    tests = [_test(figures) for _, figures, _ in read]
-    adjusted = iter(stats.holm([test[1] for test in tests if test is not None]).tolist())
-    return [
-        _reading(claim, figures, missing, None if test is None else (test[0], next(adjusted)))
-        for (claim, figures, missing), test in zip(read, tests)
-    ]
+    return adjusted(figures(run))
 
 
-def _test(figures: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """The figure whose test a claim's reading rests on, by its place, and the claim's p before adjustment for other claims.
-
-    All figures must hold for a claim to agree: its p is then the largest, as it is where nothing can be told. One is
-    enough to disagree: the smallest of those that do, times the number that could have. "no rise" that agrees and "not
-    below" that does not forbid rest on no test of zero.
-    """
-    decides = [(i, f) for i, f in enumerate(figures) if f["decides"]]
-    against = [(f["p"], i) for i, f in decides if f["reading"] == "disagrees" and not math.isnan(f["p"])]
-    if against:
-        p, i = min(against)
-        return i, min(1.0, p * len(decides))
-    tests = [(f["p"], i) for i, f in decides if f["side"] in ("above", "below") and not math.isnan(f["p"])]
-    if not tests:
-        return None
-    p, i = max(tests)
-    return i, p
-
-
-def _reading(
-    claim: Claim, figures: Sequence[dict[str, Any]], missing: Sequence[str], test: tuple[int, float] | None
-) -> ClaimReading:
-    reading = _read([f for f in figures if f["decides"]])
-    if reading == "agrees" and missing:
-        reading = "cannot tell"
-    beside = [f for f in figures if not f["decides"]]
-    kept = [{**f, "p_holm": test[1] if test is not None and i == test[0] else None} for i, f in enumerate(figures)]
-    lacks = f"Not measured, so the claim as a whole cannot be told: {'; '.join(missing)}." if missing else ""
-    caveats = " ".join(part for part in (lacks, claim.confounded) if part)
-    return ClaimReading(
-        claim.text, claim.source, claim.about, claim.rule, dict(claim.versions), reading, kept,
-        caveats if figures else f"It needs {claim.needs}.", _read(beside) if beside else "",
-    )  # fmt: skip
-
-
-def _read(figures: Sequence[Mapping[str, Any]]) -> str:
-    """All must agree; one that disagrees is enough to disagree."""
-    said = [f["reading"] for f in figures]
-    if not said:
-        return "not measured"
-    return "agrees" if set(said) == {"agrees"} else "disagrees" if "disagrees" in said else "cannot tell"
-
-
-def _side(side: Side, f: Mapping[str, Any]) -> str:
-    low, high = f["low"], f["high"]
-    if math.isnan(low) or math.isnan(high):
-        return "cannot tell"
-    if side == "not below":
-        return "disagrees" if high < 0 else "agrees"
-    if side == "no rise":
-        return "agrees" if high < MARGIN else "disagrees" if low > 0 else "cannot tell"
-    if low <= 0 <= high:
-        return "cannot tell"
-    return "agrees" if (low > 0) == (side == "above") else "disagrees"
-
-
-def steering(
-    run_cells: Cells, families: Sequence[Sequence[str]], places: Sequence[Place], groups: Sequence[str]
-) -> list[dict[str, Any]]:
-    """How far SafeBeam moves each arm from each other decoder, on the same prompts: a row per arm, model, decoder, group."""
-    rows: list[dict[str, Any]] = []
-    for beam in (p for p in places if p.kind.startswith("safebeam")):
-        here = [p for p in places if (p.panel, p.model) == (beam.panel, beam.model)]
-        others = [p for p in here if p.kind and not p.kind.startswith("safebeam")]
-        for other in others:
-            for group in (g for g in groups if g.startswith(PLAIN)):
-                for ids in families:
-                    a, b = (run_cells.values(ids, p.stage, group, "risk_rate") for p in (beam, other))
-                    made: Estimate | None = None
-                    if a and b:
-                        key = f"steering {beam.stage} {other.stage} {group} {ids[0]}"
-                        made = contrast([(1.0, a), (-1.0, b)], key=key)
-                    if made is not None:
-                        rows.append({
-                            "arm": ids[0], "panel": beam.panel, "model": beam.model, "decoder": beam.decoder,
-                            "from": other.decoder, "group": group, "metric": "risk_rate", **made.plain(),
-                        })  # fmt: skip
-    return rows
+def _figures(claim: Claim[Reader], run: Run) -> tuple[Figures, list[str]]:
+    found: Figures = []
+    missing: list[str] = []
+    exposures: tuple[Exposure, ...] = ("natural", "matched") if claim.by_timing else ("natural",)
+    for exposure in exposures:
+        for label, terms, side in claim.read(run, exposure):
+            made = estimate(terms, key=f"{claim.id} {exposure} {label}")
+            if made is None and exposure == "natural" and side != "not below":
+                missing.append(label)
+            if made is not None:
+                found.append(figure(made, label, side, exposure, decides=exposure == "natural"))
+    if found and not any(f["decides"] for f in found):
+        found = [{**f, "decides": True} for f in found]  # only matched arms: they decide
+        missing = [label for label in missing if label not in {f["label"] for f in found}]
+    return found, missing
