@@ -192,7 +192,7 @@ def _units(view: View) -> list[tuple[str, str, list[Family], bool]]:
 
 
 def _names(members: Sequence[Family], families: Sequence[Family]) -> str:
-    if len(members) == len(families) > 1:
+    if len(members) == len(families) > FEW:
         return "all of them"
     some = ", ".join(f.label for f in members[:FEW])
     return f"{some} and {len(members) - FEW} more" if len(members) > FEW else some
