@@ -256,7 +256,9 @@ class CodeTests(_Verifier):
         outcome = sandbox.run_program(program(row, answer), self.limits)
         if outcome.fault:
             return Verdict("unscored", self.id, outcome.fault, refusal, detail={"one_sided": True})
-        return self._verdict(outcome.passed, refusal, tests=outcome.reason, network=outcome.network)
+        return self._verdict(
+            outcome.passed, refusal, tests=outcome.reason, network=outcome.network, isolation=outcome.isolation
+        )
 
     def judge_all(self, cases: Sequence[Case]) -> Iterator[Verdict]:
         """Verdicts in order, ``workers`` programs at a time."""
