@@ -112,7 +112,7 @@ def _watch(inmate: int, errors: int, said: int, job: dict[str, Any]) -> dict[str
             end = "word"
         elif time.monotonic() > until:
             end = "late"
-        elif ready and job["way"] == "plain" and layers.used(job["home"]) > job["disk"]:
+        elif ready and job["way"] == "plain" and layers.used(job["home"] + "/work") > job["disk"]:
             end = "disk"
         elif not still or (not news and (status := _ended(inmate)) is not None):
             end = "left"
@@ -120,6 +120,7 @@ def _watch(inmate: int, errors: int, said: int, job: dict[str, Any]) -> dict[str
         os.kill(inmate, layers.KILL)
         status = os.waitstatus_to_exitcode(os.waitpid(inmate, 0)[1])
     layers.reap()
+    layers.clear(job["home"] + "/work")
     start = got[said].partition(b"\n")[0].decode("utf-8", "replace")
     return {"start": start, "end": end, "code": status, "errors": got[errors].decode("utf-8", "replace")}
 

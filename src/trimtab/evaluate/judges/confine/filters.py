@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 _NONE = -1
 # name: (x86_64, aarch64); one number where all machines have the same
 _REFUSED: dict[str, tuple[int, int] | int] = {
-    "socket": (41, 198), "socketpair": (53, 199),
-    "fork": (57, _NONE), "vfork": (58, _NONE), "execve": (59, 221), "execveat": (322, 281),
+    "socket": (41, 198), "fork": (57, _NONE), "vfork": (58, _NONE), "execve": (59, 221), "execveat": (322, 281),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_open": 434, "pidfd_getfd": 438, "pidfd_send_signal": 424, "process_madvise": 440, "process_mrelease": 448,
     "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
@@ -55,7 +54,7 @@ _REFUSED_PLAIN: dict[str, tuple[int, int] | int] = {
 }  # fmt: skip
 _ONLY_ME = {"kill": (62, 129), "tgkill": (234, 131)}
 _ONLY_ME_OR_0 = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
-_CLONE, _CLONE3, _PRCTL, _IOCTL = (56, 220), 435, (157, 167), (16, 29)
+_CLONE, _CLONE3, _PRCTL, _IOCTL, _PAIR = (56, 220), 435, (157, 167), (16, 29), (53, 199)
 _IOCTLS = (0x5412, 0x541C, 0x40086602, 0x401C5820)  # TIOCSTI, TIOCLINUX, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR
 _YOUNGEST = 450
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -71,13 +70,19 @@ def install(job: dict[str, Any], held: set[str]) -> set[str]:
     more = set()
     if job["way"] == "plain" and _landlock(job["read"], job["home"] + "/work"):
         more.add("landlock")
-    if _seccomp(plain=job["way"] == "plain"):
+    # RLIMIT_NPROC counts the threads of one program only where it is a user of its own, and never the superuser's
+    threads = job["way"] == "root" or (job["way"] == "user" and os.getuid() != 0)
+    if _seccomp(plain=job["way"] == "plain", threads=threads):
         more.add("seccomp")
     return more
 
 
-def seccomp_program(machine: str, me: int, *, plain: bool) -> bytes | None:
-    """The BPF program for a machine and the process ``me``, or None where the system calls of the machine are not listed."""
+def seccomp_program(machine: str, me: int, *, plain: bool, threads: bool) -> bytes | None:
+    """The BPF program for a machine and the process ``me``, or None where the system calls of the machine are not listed.
+
+    plain    refuse also what writes about files (modes, owners, times), which Landlock does not hold
+    threads  let the program have threads; other processes it never has
+    """
     if machine not in _MACHINES or struct.calcsize("P") != 8:
         return None
     which, arch = _MACHINES[machine]
@@ -100,19 +105,22 @@ def seccomp_program(machine: str, me: int, *, plain: bool) -> bytes | None:
         if number(entry) != _NONE:
             program += when(number(entry), refuse)
     program += when(_CLONE3, absent)  # its flags are in memory: libc then takes clone, whose flags are here
-    program += when(number(_CLONE), first, op(_BITS, 0x10000, 0, 1), allow, refuse)  # CLONE_THREAD
+    program += when(
+        number(_CLONE), *([first, op(_BITS, 0x10000, 0, 1), allow] if threads else []), refuse
+    )  # CLONE_THREAD
     for entry in _ONLY_ME.values():
         program += when(number(entry), first, op(_EQUAL, me, 0, 1), allow, refuse)
     for entry in _ONLY_ME_OR_0.values():
         program += when(number(entry), first, op(_EQUAL, me, 1, 0), op(_EQUAL, 0, 0, 1), allow, refuse)
     program += when(number(_PRCTL), first, op(_EQUAL, 1, 1, 0), allow, refuse)  # PR_SET_PDEATHSIG
+    program += when(number(_PAIR), first, op(_EQUAL, 1, 0, 1), allow, refuse)  # AF_UNIX: asyncio's own pipe
     checks = [op(_EQUAL, value, len(_IOCTLS) - i, 0) for i, value in enumerate(_IOCTLS)]
     program += when(number(_IOCTL), second, *checks, allow, refuse)
     return b"".join([*program, allow])
 
 
-def _seccomp(*, plain: bool) -> bool:
-    program = seccomp_program(os.uname().machine, os.getpid(), plain=plain)
+def _seccomp(*, plain: bool, threads: bool) -> bool:
+    program = seccomp_program(os.uname().machine, os.getpid(), plain=plain, threads=threads)
     if program is None:
         return False
     code = ctypes.create_string_buffer(program, len(program))

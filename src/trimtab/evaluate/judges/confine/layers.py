@@ -4,7 +4,7 @@ There are three *ways* in. ``root``: the superuser makes the namespaces and then
 ``user``: anyone else, where user namespaces are allowed, does the same inside one. ``plain``: where neither is allowed, the
 program stays in the machine's own file tree, and ``filters`` has to hold it.
 """
-# ruff: noqa: PTH102, PTH103, PTH110, PTH112, PTH120, PTH123
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH106, PTH108, PTH110, PTH112, PTH114, PTH118, PTH120, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -41,27 +41,16 @@ def _libc() -> ctypes.CDLL:
 
 
 def leave(way: str) -> set[str]:
-    """The watcher's part: the namespaces that hold for what it forks. Names of those left; ``OSError`` unless plain."""
-    if not LINUX:
+    """The watcher's part: the namespaces that hold for what it forks. Names of those left; ``OSError`` where they are refused."""
+    if way == "plain":
         return set()
-    apart = NEWPID | NEWNET | NEWIPC | NEWUTS
-    tries = {"root": (apart,), "user": (apart | NEWUSER,)}.get(way, (apart, apart | NEWUSER))
     uid, gid = os.geteuid(), os.getegid()
-    for number, flags in enumerate(tries):
-        try:
-            call("unshare", flags)
-        except OSError:
-            if way != "plain":
-                raise
-            if number + 1 == len(tries):
-                return set()
-            continue
-        if flags & NEWUSER:
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-        break
-    return {"pid", "net", "ipc", "uts"}
+    call("unshare", NEWPID | NEWNET | NEWIPC | NEWUTS | (NEWUSER if way == "user" else 0))
+    if way == "user":  # be there who one was before, and nobody else
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    return {"pid", "net", "ipc"}
 
 
 def die_with(parent: int) -> None:
@@ -74,16 +63,15 @@ def die_with(parent: int) -> None:
 
 
 def shut_in(job: dict[str, Any], held: set[str], watcher: int) -> set[str]:
-    """The inmate's part, before its filters: root, user, privileges, limits. Names of what holds more; ``OSError``."""
+    """The inmate's part, before its filters: root, user, privileges, limits. Names of what holds; ``OSError`` where refused."""
     more = set()
     uid = int.from_bytes(os.urandom(4), "little") >> 2 | 1 << 30 if job["way"] == "root" else os.getuid()
     if job["way"] == "plain":
         os.chdir(job["home"] + "/work")
     else:
         _own_root(job, uid)
-        more.add("mount")
-    if "uts" in held:
         call("sethostname", b"sandbox", 7)
+        more.add("mount")
     if job["way"] == "root":
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -95,7 +83,7 @@ def shut_in(job: dict[str, Any], held: set[str], watcher: int) -> set[str]:
     seconds = int(job["seconds"]) + 1
     limits = {
         "AS": job["memory"], "FSIZE": job["file"], "CPU": seconds, "CORE": 0, "NOFILE": 64, "MEMLOCK": 0, "MSGQUEUE": 0,
-        "NPROC": THREADS if more >= {"mount"} else 0,
+        "NPROC": THREADS if "mount" in more else 0,
     }  # fmt: skip
     for name, limit in limits.items():
         if (kind := getattr(resource, f"RLIMIT_{name}", None)) is not None:
@@ -151,16 +139,40 @@ def _no_privileges() -> None:
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
-def used(home: str) -> int:
-    """Bytes below ``home``, with a page for every file; what cannot be read counts nothing."""
-    total = 0
-    for where, directories, files in os.walk(home):
-        for name in directories + files:
+def used(work: str) -> int:
+    """Bytes below ``work``, with a page for every file; a tree deeper than any answer needs counts as endless."""
+    total, level = 0, [work]
+    for _ in range(32):
+        below = []
+        for where in level:
             try:
-                total += max(4096, os.lstat(f"{where}/{name}").st_blocks * 512)
+                with os.scandir(where) as entries:
+                    for entry in entries:
+                        total += max(4096, entry.stat(follow_symlinks=False).st_blocks * 512)
+                        if entry.is_dir(follow_symlinks=False):
+                            below.append(entry.path)
             except OSError:
                 continue
-    return total
+        level = below
+    return total if not level else 1 << 60
+
+
+def clear(work: str) -> None:
+    """Empty ``work``, however deep its tree is and whatever its modes are: what is below is moved to the top, then removed."""
+    number = 0
+    while names := os.listdir(work):
+        for name in names:
+            path = os.path.join(work, name)
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            for inner in os.listdir(path):
+                number += 1
+                if os.path.isdir(os.path.join(path, inner)) and not os.path.islink(os.path.join(path, inner)):
+                    os.chmod(os.path.join(path, inner), 0o700)
+                os.rename(os.path.join(path, inner), os.path.join(work, f".{number}-{os.urandom(8).hex()}"))
+            os.rmdir(path)
 
 
 def reap() -> None:
