@@ -446,8 +446,8 @@ _FORGED: dict[str, tuple[Expect, str]] = {
     "builtins": ("fails", "import builtins\nbuiltins.AssertionError = None\nbuiltins.exec = builtins.compile = print\nassert False"),
     "os replaced": ("fails", "import os, sys\nkept = os.write\nos.write = os._exit = lambda *a: None\nsys.modules['os'] = None\nassert False"),
     "guard's words replaced": ("fails", "import builtins, os\nbuiltins.PermissionError = builtins.isinstance = None\nopen('@FILE@', 'w')"),
-    "library of its own": ("fails", "import shutil, _struct, sys\nopen('_own.so', 'wb').write(open(sys.modules['_struct'].__file__, 'rb').read())\n"
-                           "import importlib.machinery as m\nm.ExtensionFileLoader('_struct', './_own.so').load_module()\nassert False"),
+    "library of its own": ("forge", "import _struct, importlib.machinery as m, importlib.util as u\nopen('_own.so', 'wb').write(open(_struct.__file__, 'rb').read())\n"
+    "assert u.module_from_spec(u.spec_from_loader('x._struct', m.ExtensionFileLoader('x._struct', './_own.so')))"),
     "Trimtab": ("fails", "from trimtab.evaluate.judges import sandbox\nsandbox.VERSION = 0\nassert False"),
     "confine": ("fails", "import confine\nconfine.enter()"),
     "unittest": ("fails", "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        assert False\nunittest.main(module='answer')"),

@@ -186,6 +186,41 @@ def test_no_hostile_program_passes_and_the_host_is_untouched(host: Host) -> None
     check(host, list(PROGRAMS))
 
 
+def _below(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task")
+    try:
+        return [int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+@pytest.mark.skipif(not LINUX, reason="it needs PR_SET_PDEATHSIG, Linux's")
+def test_a_trimtab_that_is_killed_takes_its_programs_with_it(host: Host) -> None:
+    code = (
+        "from trimtab.evaluate.judges import sandbox\nsandbox.run_program('pass', sandbox.Limits())\nprint('go', flush=True)\n"
+        "sandbox.run_program('while True: pass', sandbox.Limits(seconds=60))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"go\n"
+    inmates: list[int] = []
+    until = time.monotonic() + 30
+    while not inmates and time.monotonic() < until:
+        inmates = [inmate for watcher in _below(parent.pid) for inmate in _below(watcher)]
+    assert len(inmates) == 1
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    while Path(f"/proc/{inmates[0]}").exists() and time.monotonic() < until:
+        for orphan in set(_below(os.getpid())) - {host.victim.pid}:
+            os.waitpid(orphan, os.WNOHANG)
+        time.sleep(0.01)
+    for (
+        path
+    ) in host.temp.iterdir():  # the directory of a Trimtab that could not clean up; empty but for what was its own
+        shutil.rmtree(path)
+    assert host.changes() == []
+
+
 WAYS = ["root", "user", "plain"]
 KERNEL = [p for p in PROGRAMS if p.expect != "forge"]
 
@@ -354,6 +389,12 @@ def test_honest_programs_pass_in_every_way(way: str) -> None:
     for name, code in HONEST.items():
         outcome = sandbox._run(code.encode(), Limits(seconds=20), way)
         assert outcome.passed, (name, outcome)
+
+
+def test_native_libraries_of_the_installation_load() -> None:
+    code = "import numpy\nassert numpy.linalg.inv(numpy.eye(3)).sum() == 3 and numpy.random.default_rng(0).random() < 1"
+    outcome = run_program(code, Limits(seconds=30, memory_mb=2048))
+    assert outcome.passed, outcome
 
 
 def test_threads_are_allowed_where_they_are_counted() -> None:

@@ -75,7 +75,7 @@ def enter() -> tuple[Iterator[Any], Iterator[dict[str, Any]]]:
     work = os.getcwd()  # noqa: PTH109
     os.environ["HOME"] = os.environ["TMPDIR"] = work
     sys.argv[:] = ["answer.py"]
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("confine", "ctypes", "_ctypes")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "confine"]:
         del sys.modules[name]
     sys.modules["answer"] = type(sys)("answer")
     main = sys.modules["__main__"].__dict__

@@ -39,8 +39,10 @@ def make(here: str) -> Callable[[str, tuple[Any, ...]], None]:
             return
         if event.startswith(refused):
             raise no("not allowed here: " + event)
-        if event == "import" and "_ctypes" in f"{args[0]} {args[1]}":
-            raise none("not allowed here: ctypes")
+        if event == "import" and args[1]:  # native code; ctypes is there already, and its calls are refused above
+            file = full(text(args[1]))
+            if file.startswith(here) or args[0].endswith("_ctypes") or "/_ctypes." in file:
+                raise none("not allowed here: native code of its own")
         if event.startswith(changes) or (event == "open" and (args[2] or 0) & writes):
             for path in args[:2] if event != "open" else args[:1]:
                 if isa(path, either) and not (full(text(path)) + "/").startswith(here) and text(path) != "/dev/null":
