@@ -200,7 +200,8 @@ def test_a_trimtab_that_is_killed_takes_its_programs_with_it(host: Host) -> None
         "from trimtab.evaluate.judges import sandbox\nsandbox.run_program('pass', sandbox.Limits())\nprint('go', flush=True)\n"
         "sandbox.run_program('while True: pass', sandbox.Limits(seconds=60))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    env = {**os.environ, "TMPDIR": str(host.temp)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
     assert parent.stdout is not None and parent.stdout.readline() == b"go\n"
     inmates: list[int] = []
     until = time.monotonic() + 30
