@@ -29,7 +29,8 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            # confine is imported by an interpreter that has no Trimtab, so its modules name each other relatively
+            assert node.level == 0 or path.parent.name == "confine", f"{path}: relative import"
             found.append(node.module or "")
     return found
 

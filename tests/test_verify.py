@@ -270,7 +270,8 @@ def test_a_machine_that_cannot_run_code_leaves_it_unscored(monkeypatch: pytest.M
 
 
 def test_limits_that_cannot_be_set_leave_it_unscored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimtab.evaluate.judges.sandbox._CHILD", "raise OSError('no limits here')")
+    monkeypatch.setattr("trimtab.evaluate.judges.sandbox._BOOT", "raise OSError('no limits here')")
+    monkeypatch.setattr("trimtab.evaluate.judges.sandbox._found", [])
     outcome = run_program("pass", SMALL)
     assert not outcome.passed and "limits could not be set" in outcome.fault
 

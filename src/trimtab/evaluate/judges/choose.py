@@ -16,6 +16,7 @@ from trimtab.evaluate.judges.ensemble import Ensemble, Rule
 from trimtab.evaluate.judges.reasoning import WithoutReasoning
 from trimtab.evaluate.judges.refusal import RefusalMatch
 from trimtab.evaluate.judges.rubric import ConstructiveRubric, RubricConfig, StrongRejectConfig, StrongRejectRubric
+from trimtab.evaluate.judges.sandbox import Limits
 from trimtab.evaluate.judges.tidewater import TidewaterJudge
 from trimtab.evaluate.judges.verify import CodeTests, MultipleChoice, NumericAnswer
 from trimtab.types import Row
@@ -48,6 +49,7 @@ class JudgeConfig(Config):
     run_code: bool = Field(
         False, description="Run the model's code, in a subprocess with limits, to check it against a task's tests."
     )
+    sandbox: Limits = Field(Limits(), description="What such code may use, and how well it must be shut in.")
 
     @model_validator(mode="after")
     def _whole(self) -> JudgeConfig:
@@ -92,7 +94,7 @@ def _safety_judge(config: JudgeConfig) -> Judge:
 
 def _verifier(name: str, config: JudgeConfig) -> Judge:
     if name == "code":
-        return CodeTests(allow_code=config.run_code)
+        return CodeTests(allow_code=config.run_code, limits=config.sandbox)
     return NumericAnswer() if name == "numeric" else MultipleChoice()
 
 

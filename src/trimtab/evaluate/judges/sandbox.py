@@ -1,156 +1,180 @@
-"""Running code that a model wrote: a process of its own, with limits, in an empty directory.
+"""Running code that a model wrote: shut in by the kernel as far as the machine allows, with limits, and watched from outside.
 
-What is held in: a program that loops, fills memory or the disk, forks, kills, deletes, reads standard input or reaches for
-the network is stopped, and what it prints goes nowhere. On Linux it also runs in a user and network namespace of its own,
-where the system allows that (``Outcome.network`` says so).
-
-What is not: this is a guard against accidents, not against an attacker. The program runs as the user who runs Trimtab and
-can read every file that this user can read; the Python-level guard can be walked round by code that sets out to (through
-``ctypes``, say), and so can the tests. For models that nobody trusts, run the whole evaluation in a container or a virtual
-machine without secrets and without a network.
+``full``, on a Linux that lets a process make namespaces (as the superuser, or an ordinary user where user namespaces are
+allowed): the program sees a file tree in memory that holds Python read-only and a directory of its own, and no file of the
+user; no process but itself, which nothing that it starts outlives; no network interface; no system call of a list
+(``confine.filters``). ``partial``, where namespaces are forbidden (most containers): Landlock and seccomp refuse it all files
+but Python's, sockets, other processes and signals to them. ``limits``, elsewhere (macOS, an old kernel): limits and Python's
+own audit hook, a guard against accidents only. ``Outcome`` says which held and ``Limits.require`` insists. docs/evaluation.md
+says what no level holds in; above all, a program shares its process with its tests, so an answer written to deceive its own
+tests can (an object that says it equals everything is enough).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import marshal
 import os
 import secrets
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
 from trimtab.config import Config
+from trimtab.errors import Fault
+from trimtab.evaluate.judges import confine
 
-VERSION = 1
+VERSION = 2
 """Part of the identity of a judge that runs code: change it with anything here that could alter an outcome."""
+
+Isolation = Literal["limits", "partial", "full"]
+"""How a program was shut in, from the weakest on; see the module."""
+
+_FULL = ("mount", "pid", "net", "ipc", "seccomp", "privileges")
+_START = 30.0  # seconds in which a program must have been started
+_PROBE = "import decimal, hashlib, random, tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(b'x')"
+_BOOT = confine.BOOT
+_lock = threading.Lock()
+_found: list[tuple[str, Outcome]] = []  # the strictest way that works on this machine, once it is known
 
 
 class Limits(Config):
-    """What a program may use."""
+    """What a program may use, and how well it must be shut in."""
 
     seconds: float = Field(10.0, gt=0, le=600, description="Wall-clock time, and processor time, of one program.")
     memory_mb: int = Field(1024, ge=64, description="Address space in MiB (RLIMIT_AS).")
     file_mb: int = Field(16, ge=0, description="Largest file that may be written, in MiB (RLIMIT_FSIZE).")
+    disk_mb: int = Field(64, ge=1, description="All files of a program together, in MiB.")
+    require: Isolation = Field(
+        "limits",
+        description="The least isolation under which code is run: `limits`, `partial` or `full`; with less, the run stops.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run ended. ``passed``: it ran to its end. ``fault``: why nothing can be said of the program, or ''.
 
-    network  "none": the program had no network; "guarded": only Python's own calls were refused
+    network    "none": the program had no network; "guarded": only Python's own calls were refused
+    isolation  how it was shut in (see the module), and in ``missing`` the layers that ``full`` has and it had not
     """
 
     passed: bool
     reason: str
     fault: str = ""
     network: Literal["none", "guarded"] = "guarded"
-
-
-# Runs inside the child. The program comes on standard input, and with it a word that is written to a pipe only after the last
-# line has run: to leave early (sys.exit, os._exit) is not to pass.
-_CHILD = r"""
-import os, sys
-pipe, seconds, memory, size = (int(a) for a in sys.argv[1:])
-word, _, program = sys.stdin.buffer.read().partition(b"\n")
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-apart = 0
-if sys.platform == "linux":
-    try:
-        import ctypes
-        apart = int(ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) == 0)
-    except (ImportError, OSError, AttributeError):
-        pass
-import resource as r
-for kind, limit in ((r.RLIMIT_AS, memory), (r.RLIMIT_FSIZE, size), (r.RLIMIT_CPU, seconds), (r.RLIMIT_CORE, 0),
-                    (r.RLIMIT_NOFILE, 64), (getattr(r, "RLIMIT_NPROC", None), 0)):
-    if kind is not None:
-        r.setrlimit(kind, (limit, limit))
-os.write(pipe, b"ready%d\n" % apart)
-here = os.getcwd() + os.sep
-refused = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "pty.",
-           "signal.pthread_kill", "webbrowser.", "sys.addaudithook")
-changes = ("shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink",
-           "os.truncate", "os.utime")
-writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-def guard(event, args, here=here, refused=refused, changes=changes, writes=writes, full=os.path.realpath, text=os.fsdecode):
-    if event.startswith(refused):
-        raise PermissionError("not allowed here: " + event)
-    if event.startswith(changes) or (event == "open" and (args[2] or 0) & writes):
-        for path in args[:2] if event != "open" else args[:1]:
-            if isinstance(path, (str, bytes)) and not (full(text(path)) + "/").startswith(here) and text(path) != "/dev/null":
-                raise PermissionError("not allowed here: to change files outside the directory")
-def run(program):
-    exec(compile(program, "answer.py", "exec"), {"__name__": "answer", "__builtins__": __builtins__})
-import types
-sys.modules["answer"] = types.ModuleType("answer")
-sys.addaudithook(guard)
-run(program)
-os.write(pipe, word)
-"""
+    isolation: Isolation = "limits"
+    missing: tuple[str, ...] = _FULL
 
 
 def run_program(program: str, limits: Limits) -> Outcome:
-    """Run a whole Python program (the tests at its end) and say whether it came to its end without an error."""
-    word = secrets.token_hex(16)
+    """Run a whole Python program (the tests at its end) and say whether it came to its end without an error.
+
+    Raises ``Fault`` when this machine cannot shut it in as well as ``limits.require`` asks.
+    """
     try:
-        source = f"{word}\n{program}".encode()
+        source = program.encode()
     except UnicodeEncodeError:
         return Outcome(False, "the code is not valid Unicode")
+    way, probe = _strictest()
+    if probe.fault:
+        return probe
+    levels = get_args(Isolation)
+    if levels.index(probe.isolation) < levels.index(limits.require):
+        raise Fault(
+            f"code must be shut in {limits.require!r} here ('require'), and this machine allows {probe.isolation!r}: it lacks "
+            f"{', '.join(probe.missing)} (docs/evaluation.md, Running code); allow namespaces, or ask for less"
+        )
+    return _run(source, limits, way)
+
+
+def _strictest() -> tuple[str, Outcome]:
+    """The strictest way in which a plain program passes here, tried once per process, and how that ended."""
+    with _lock:
+        if _found:
+            return _found[0]
+        ways = ["root"] if os.geteuid() == 0 else []
+        for way in [*ways, "user", "plain"] if sys.platform == "linux" else ["plain"]:
+            outcome = _run(_PROBE.encode(), Limits(), way)
+            if outcome.passed:
+                _found.append((way, outcome))
+                break
+        else:
+            outcome = outcome if outcome.fault else Outcome(False, "", f"no program passes here ({outcome.reason})")
+        return way, outcome
+
+
+def _run(source: bytes, limits: Limits, way: str) -> Outcome:
+    word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="trimtab-code-") as root:
-        home = Path(root)
-        work = home / "work"
-        work.mkdir()
-        read, write = os.pipe()
-        numbers = (write, int(limits.seconds) + 1, limits.memory_mb << 20, limits.file_mb << 20)
+        (Path(root) / "work").mkdir()
+        job = {
+            "way": way, "word": word, "home": str(Path(root).resolve()), "parent": os.getpid(), "start": _START,
+            "seconds": limits.seconds, "memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
+            "disk": limits.disk_mb << 20, "read": _python(), "program": source,
+        }  # fmt: skip
         try:
-            with (home / "errors").open("w+b") as errors:
-                try:
-                    child = subprocess.Popen(
-                        [sys.executable, "-I", "-B", "-c", _CHILD, *map(str, numbers)],
-                        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, cwd=work, pass_fds=(write,),
-                        start_new_session=True,
-                        env={"HOME": str(work), "TMPDIR": str(work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-                    )  # fmt: skip
-                except OSError as error:
-                    return Outcome(False, "", f"the code could not be started ({error.strerror})")
-                late = False
-                try:
-                    child.communicate(source, timeout=limits.seconds)
-                except subprocess.TimeoutExpired:
-                    late = True
-                finally:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.killpg(child.pid, signal.SIGKILL)
-                    child.communicate()
-                os.set_blocking(read, False)
-                try:
-                    said = os.read(read, 200).decode("ascii", "replace")
-                except BlockingIOError:
-                    said = ""
-                errors.seek(0)
-                return _outcome(said, word, late, child.returncode, errors.read()[-4000:], limits)
+            watcher = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-c", _BOOT, str(Path(confine.__file__).parents[1])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, start_new_session=True,
+                env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        except OSError as error:
+            return Outcome(False, "", f"the code could not be started ({error.strerror})")
+        try:
+            said, errors = watcher.communicate(marshal.dumps(job), _START + limits.seconds + 10)
+        except subprocess.TimeoutExpired:
+            said, errors = b"", b"the watcher did not answer"
         finally:
-            os.close(read)
-            os.close(write)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(watcher.pid, signal.SIGKILL)
+            watcher.communicate()
+    try:
+        report = marshal.loads(said)
+    except (EOFError, ValueError, TypeError):
+        report = {"start": "", "end": "left", "code": watcher.returncode, "errors": errors.decode("utf-8", "replace")}
+    return _outcome(report, limits)
 
 
-def _outcome(said: str, word: str, late: bool, code: int, errors: bytes, limits: Limits) -> Outcome:
-    start, _, end = said.partition("\n")
-    lines = errors.decode("utf-8", "replace").strip().splitlines()
-    last = lines[-1][:200] if lines else f"exit status {code}"
-    if start not in ("ready0", "ready1"):
-        if late:
-            return Outcome(False, "", f"the code could not be started in {limits.seconds:g} s")
-        return Outcome(False, "", f"the limits could not be set ({last})")
-    network: Literal["none", "guarded"] = "none" if start == "ready1" else "guarded"
-    if late:
-        return Outcome(False, f"still running after {limits.seconds:g} s", network=network)
-    if end == word and code == 0:
-        return Outcome(True, "all tests passed", network=network)
-    return Outcome(False, last if code else "it left before the tests were done", network=network)
+@functools.cache
+def _python() -> list[str]:
+    """The directories that Python and its packages are read from, and the system's libraries; none inside another."""
+    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    paths |= {*site.getsitepackages(), f"{sys.base_exec_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+    paths |= {"/usr/share/zoneinfo", "/etc/ld.so.cache"}
+    whole = sorted(path for path in paths if Path(path).exists())
+    return [path for path in whole if not any(path.startswith(f"{other}/") for other in whole)]
+
+
+def _outcome(report: dict[str, Any], limits: Limits) -> Outcome:
+    lines = report["errors"].strip().splitlines()
+    last = lines[-1][:200] if lines else f"exit status {report['code']}"
+    start, _, layers = report["start"].partition(" ")
+    if start != "ready":
+        if report["end"] == "late":
+            return Outcome(False, "", f"the code could not be started in {_START:g} s")
+        return Outcome(False, "", f"the limits could not be set ({layers or last})")
+    held = set(layers.split())
+    missing = tuple(layer for layer in _FULL if layer not in held)
+    network: Literal["none", "guarded"] = "none" if held & {"net", "seccomp"} else "guarded"
+    isolation: Isolation = "full" if not missing else "limits"
+    if missing and network == "none" and held & {"mount", "landlock"}:
+        isolation = "partial"
+    ended = functools.partial(Outcome, network=network, isolation=isolation, missing=missing)
+    if report["end"] == "word":
+        return ended(True, "all tests passed")
+    if report["end"] == "late":
+        return ended(False, f"still running after {limits.seconds:g} s")
+    if report["end"] == "disk":
+        return ended(False, f"more than {limits.disk_mb} MiB of files")
+    return ended(False, last if report["code"] else "it left before the tests were done")

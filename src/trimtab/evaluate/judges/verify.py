@@ -275,7 +275,8 @@ class CodeTests(_Verifier):
         if outcome.fault:
             return Verdict("unscored", self.id, outcome.fault, refusal, detail={"one_sided": True})
         said = _same_code(extract_code(answer))
-        return self._verdict(outcome.passed, refusal, said=said, tests=outcome.reason, network=outcome.network)
+        told = {"tests": outcome.reason, "network": outcome.network, "isolation": outcome.isolation}
+        return self._verdict(outcome.passed, refusal, said=said, **told)
 
     def judge_all(self, cases: Sequence[Case]) -> Iterator[Verdict]:
         """Verdicts in order, ``workers`` programs at a time."""
