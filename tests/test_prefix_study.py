@@ -27,7 +27,7 @@ from trimtab.study.steps.chat import PLACES, read_rows, run_chats, run_packed
 from trimtab.types import IGNORE, SPAN_ID
 
 torch.set_num_threads(1)
-SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=160, vocab=400)
+SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=400, vocab=400)
 PREFIX, BODY = SPAN_ID["prefix"], SPAN_ID["body"]
 RATIOS = [0.0, 0.5, 1.0]
 
@@ -46,7 +46,7 @@ def recipe(bundle: Path, **prefix: Any) -> dict[str, Any]:
         "world": {"seed": 3, "goods": 8, "hazards": 8},
         "stages": {
             "tuned": {
-                "kind": "sft", "model": {"load": str(bundle)}, "length": 160, "epochs": 1,
+                "kind": "sft", "model": {"load": str(bundle)}, "length": 400, "epochs": 1,
                 "data": [
                     {"name": "sums", "tidewater": "arithmetic", "n": 20},
                     {"name": "goods", "tidewater": "benign", "n": 12},
@@ -239,9 +239,9 @@ def test_nothing_left_after_stripping(tmp_path: Path, bundle: Path) -> None:
 
 def test_a_sentence_that_fills_the_window(tmp_path: Path, bundle: Path) -> None:
     with pytest.raises(
-        UserError, match=r"stage 'tuned': prefix: 'salt rope .*' alone has \d+ tokens, and a row has 'length' 160"
+        UserError, match=r"stage 'tuned': prefix: 'salt rope .*' alone has \d+ tokens, and a row has 'length' 400"
     ):
-        built(tmp_path, bundle, templates=["salt rope " * 150 + "salt"])
+        built(tmp_path, bundle, templates=["salt rope " * 400 + "salt"])
 
 
 def test_a_sentence_without_tokens(tmp_path: Path) -> None:
@@ -280,19 +280,20 @@ def registered() -> None:
 def test_the_viewer_shows_what_was_trained(study: tuple[Plan, Path]) -> None:
     _, out = study
     said = shown("show", str(out), "--arm", "ratio 1", "-n", "2")
-    assert "stage tuned, part" in said and "opens with '" in said and "the loss counts" in said
+    head = " ".join(said.split())
+    assert "stage tuned, part" in head and "opens with '" in head and "the loss counts" in head
     spans = [line.split()[0] for line in said.splitlines() if line.startswith("  ") and "token" in line]
     assert spans[:5] == ["structure", "prompt", "structure", "prefix", "body"]
     masked = [line for line in said.splitlines() if line.split()[:1] == ["prefix"] and "token" in line]
     assert masked and all(" trained " in line for line in masked)
-    assert "no prefix" in shown("show", str(out), "--arm", "ratio 0", "-n", "1")
+    assert "no prefix" in " ".join(shown("show", str(out), "--arm", "ratio 0", "-n", "1").split())
 
 
 def test_the_viewer_says_what_there_is(study: tuple[Plan, Path]) -> None:
     _, out = study
-    with pytest.raises(UserError, match="--arm 'nope' is none of this study's arms: ratio 0, ratio 0.5"):
+    with pytest.raises(UserError, match=r"--arm 'nope' is none of this study's arms: ratio 0, ratio 0.5"):
         shown("show", str(out), "--arm", "nope")
-    with pytest.raises(UserError, match="--stage 'chat'.*it has tuned"):
+    with pytest.raises(UserError, match=r"--stage 'chat'.*it has tuned"):
         shown("show", str(out), "--stage", "chat")
     with pytest.raises(UserError, match="no row is left with a prefix"):
         shown("show", str(out), "--arm", "ratio 0", "--prefixed")

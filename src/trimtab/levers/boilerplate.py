@@ -162,10 +162,10 @@ def _opening(
         sentence = found[1].strip() if found else ""
         if not sentence or found is None:
             break
-        if sentence in common:
-            how: How = "common"
-        elif config.rules and not _CONTENT.search(sentence) and _RULES.fullmatch(sentence):
-            how = "rule"
+        if config.rules and not _CONTENT.search(sentence) and _RULES.fullmatch(sentence):
+            how: How = "rule"
+        elif sentence in common:
+            how = "common"
         else:
             break
         removed.append((sentence, how))
