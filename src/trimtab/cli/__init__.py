@@ -41,6 +41,7 @@ def main() -> None:
     # asleep costs nothing measurable here. It is read when torch is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import (
+        analyze,
         compare,
         corpus,
         eval,
@@ -56,7 +57,22 @@ def main() -> None:
         world,
     )
 
-    for module in (plan, run, report, eval, view, judge, judge_card, compare, gate, tasks, corpus, exchange, world):
+    for module in (
+        plan,
+        run,
+        report,
+        eval,
+        view,
+        judge,
+        judge_card,
+        compare,
+        gate,
+        tasks,
+        corpus,
+        analyze,
+        exchange,
+        world,
+    ):
         module.register(app)
     try:
         app()
