@@ -87,7 +87,8 @@ def test_squares_are_unbiased(guides: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("trimtab.analyze.token_gradients._GUIDES", 240 // guides if guides else 241)
     found = measure(model, rows, projections=240)
     assert exact is not None and found.grad_norm is not None and found.grad_se is not None
-    assert np.all(np.abs(found.grad_norm - exact) < 4 * found.grad_se)
+    # A guide may hold the only token of its group: that one is exact.
+    assert np.all(np.abs(found.grad_norm - exact) < 4 * found.grad_se + 1e-4 * exact)
     assert np.all(found.grad_se / exact < 1.4 / np.sqrt(2 * (240 - guides)))
 
 

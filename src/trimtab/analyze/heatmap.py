@@ -36,13 +36,13 @@ font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2rem 0 .2rem;border-top:1px solid var(--line);padding-top:1rem}
 h3{font-size:.85rem;font-weight:600;color:var(--soft);margin:.9rem 0 .2rem;overflow-wrap:anywhere}
 p{margin:.2rem 0 .6rem;color:var(--soft)}
-.row{font:14px/2.1 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere;margin:0}
+.row{font:14px/2.1 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere;margin:0;
+color:var(--ink)}
 .t{background:rgb(var(--heat)/calc(var(--v)*.62));border-radius:.2rem;padding:.15rem .12rem;margin-right:1px;white-space:pre-wrap;
 -webkit-box-decoration-break:clone;box-decoration-break:clone}
 .u{color:var(--soft)}
 .prefix{border-bottom:3px solid var(--prefix);border-radius:.2rem .2rem 0 0}
 .think{border-bottom:3px dotted var(--soft)}
-.s{color:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;align-items:center;font-size:.85rem;color:var(--soft);margin:.3rem 0}
 .bar{display:inline-block;width:9rem;height:.8rem;border:1px solid var(--line);border-radius:.2rem;vertical-align:-.1rem;
 background:linear-gradient(90deg,rgb(var(--heat)/0),rgb(var(--heat)/.62))}
