@@ -57,6 +57,27 @@ def _ablations() -> list[Measure]:
     ]  # fmt: skip
 
 
+def _tokens() -> list[Measure]:
+    """Of trained tokens: the mean of a span (``Result.category``), and prefix over body."""
+    about = (
+        ("loss", "token loss", "Loss of a trained token (nats)", "-ln p(token)"),
+        ("grad_norm", "token gradient", "Norm of the gradient of a trained token's loss on all parameters", "||g||"),
+    )
+    ends = (0.0, math.inf)
+    return [
+        measure
+        for name, title, what, formula in about
+        for measure in (
+            Measure(f"token_{name}", title, "none", f"{what}, mean over a span's tokens.", f"mean of {formula}", ends, "row"),
+            Measure(
+                f"token_{name}_ratio", f"{title}, prefix / body", "none",
+                f"{what}: its mean over prefix tokens divided by that over body tokens, rows resampled together.",
+                f"mean of {formula} in the prefix / in the body", ends, "row",
+            ),
+        )
+    ]  # fmt: skip
+
+
 MEASURES: dict[str, Measure] = {
     m.id: m
     for m in (
@@ -87,6 +108,7 @@ MEASURES: dict[str, Measure] = {
         Measure("bits_per_byte", "bits per byte", "lower",
                 "The same loss per byte of text, which models with other tokenizers can be compared by.",
                 "sum of nats / (ln 2 x bytes)", (0.0, math.inf), "document"),
+        *_tokens(),
     )
 }  # fmt: skip
 """Measure id -> what it is."""

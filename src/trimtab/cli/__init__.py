@@ -41,6 +41,7 @@ def main() -> None:
     # asleep costs nothing measurable here. It is read when torch is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import (
+        analyze,
         compare,
         corpus,
         data,
@@ -70,6 +71,7 @@ def main() -> None:
         tasks,
         data,
         corpus,
+        analyze,
         exchange,
         world,
     ):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from trimtab.analyze.config import PerplexityConfig, ProbeConfig
+from trimtab.analyze.config import PerplexityConfig, ProbeConfig, TokenConfig
 from trimtab.config import Config
 from trimtab.corpus.config import CorpusConfig, ScorerTraining
 from trimtab.data.sources import SourceConfig
@@ -227,6 +227,24 @@ class PerplexityStage(PerplexityConfig):
     models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
 
 
+class TokenAnalysisStage(TokenConfig):
+    """Loss and gradient of every trained token of chats, in models (2601.01624's mechanism claim)."""
+
+    kind: Literal["token_analysis"] = Field(description="Always 'token_analysis'.")
+    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    data: tuple[ChatSource, ...] = Field(min_length=1, description="The chats; each part's `n` bounds its rows.")
+    prefix: PrefixConfig | None = Field(
+        None, description="The prefix lever on these chats; null leaves them as they are."
+    )
+
+    @model_validator(mode="after")
+    def _answers_are_shown(self) -> TokenAnalysisStage:
+        for part in self.data:
+            if part.answers == "negative":
+                raise ValueError(f"data {part.name!r}: heat-maps show answers whole; negative ones are not measured")
+        return self
+
+
 Stage = Annotated[
     ScorerStage
     | CorpusStage
@@ -236,7 +254,8 @@ Stage = Annotated[
     | JudgeStage
     | PanelStage
     | ProbesStage
-    | PerplexityStage,
+    | PerplexityStage
+    | TokenAnalysisStage,
     Field(discriminator="kind"),
 ]
 
@@ -371,5 +390,6 @@ _NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "panel": {"models": ("pretrain", "sft")},
     "probes": {"models": ("pretrain", "sft")},
     "perplexity": {"models": ("pretrain", "sft")},
+    "token_analysis": {"models": ("pretrain", "sft")},
 }
 """For each kind of stage: the fields that name an earlier stage, and the kinds that will do."""

@@ -36,7 +36,7 @@ from trimtab.study.execute import STUDY
 from trimtab.types import Result
 
 SAMPLES_PER_TASK = 2
-MEASURED = ("probes", "perplexity")
+MEASURED = ("probes", "perplexity", "token_analysis")
 """Kinds of steps that leave figures of a model as it is, without answers."""
 
 

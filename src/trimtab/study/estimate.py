@@ -35,6 +35,7 @@ _FIXED = {
     "scorer": 120.0,
     "probes": 8.0,
     "perplexity": 3.0,
+    "token_analysis": 30.0,
     "corpus": 2.0,
     "tokenizer": 2.0,
     "tokens": 3.0,

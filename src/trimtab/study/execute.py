@@ -38,6 +38,7 @@ _RUNS: dict[str, str] = {
     "scorer": "scorer:run_scorer",
     "probes": "analyze:run_probes",
     "perplexity": "analyze:run_perplexity",
+    "token_analysis": "tokens:run_token_analysis",
 }
 """Kind of step -> function; imported when first needed, because most of them bring torch."""
 

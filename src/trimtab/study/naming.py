@@ -60,6 +60,19 @@ _CODE: dict[str, tuple[str, ...]] = {
         "analyze",
         "study/steps/analyze.py",
     ),
+    "token_analysis": (
+        "world",
+        "data",
+        "levers",
+        "models",
+        "evaluate/files.py",
+        "evaluate/metrics.py",
+        "analyze",
+        "study/steps/analyze.py",
+        "study/steps/chat.py",
+        "study/steps/common.py",
+        "study/steps/tokens.py",
+    ),
 }
 """The code that a kind of step runs: a change there gives its steps new names, so no stale work is reused."""
 

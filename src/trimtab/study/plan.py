@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.analyze.config import PerplexityConfig, ProbeConfig
+from trimtab.analyze.config import PerplexityConfig, ProbeConfig, TokenConfig
 from trimtab.corpus.config import INTERVENTIONS, ClassifierScorer, ModelWriter, TidewaterWriter, TruthScorer
 from trimtab.data.sources import source_identity
 from trimtab.errors import UserError
@@ -42,6 +42,7 @@ from trimtab.recipe.model import (
     ScorerStage,
     SftStage,
     Stage,
+    TokenAnalysisStage,
 )
 from trimtab.seeds import digest
 from trimtab.study import estimate
@@ -171,11 +172,11 @@ class _ArmBuilder:
                 end = self.generate(name, stage)
             case JudgeStage():
                 end = self.judge(name, stage, self.end_of(name, stage.answers))
-            case PanelStage() | ProbesStage() | PerplexityStage():
+            case PanelStage() | ProbesStage() | PerplexityStage() | TokenAnalysisStage():
                 return self.grid(name, stage)
         self.ends[name] = end
 
-    def grid(self, name: str, stage: PanelStage | ProbesStage | PerplexityStage) -> None:
+    def grid(self, name: str, stage: PanelStage | ProbesStage | PerplexityStage | TokenAnalysisStage) -> None:
         """The steps of a stage that looks at several models: one per model, or per model and decoder."""
         for model in stage.models:
             self.end_of(name, model)
@@ -187,9 +188,9 @@ class _ArmBuilder:
                     self.ends[place] = self.judge(place, stage, answers)
                     self.cells[place] = Cell(name, model, decoder)
             else:
-                measure = self.probes if isinstance(stage, ProbesStage) else self.perplexity
+                measures = {"probes": self.probes, "perplexity": self.perplexity, "token_analysis": self.tokens_of}
                 place = f"{name}/{model}"
-                self.ends[place] = measure(place, name, model, stage)  # type: ignore[arg-type]
+                self.ends[place] = measures[stage.kind](place, name, model, stage)  # type: ignore[operator]
                 self.cells[place] = Cell(name, model)
 
     def judge(self, name: str, stage: JudgeStage | PanelStage, answers: str) -> str:
@@ -211,6 +212,16 @@ class _ArmBuilder:
             "seed": self.seed,
         }
         return self.step("perplexity", place, config, {"model": self.end_of(name, model)})
+
+    def tokens_of(self, place: str, name: str, model: str, stage: TokenAnalysisStage) -> str:
+        config = {key: getattr(stage, key) for key in TokenConfig.model_fields} | {
+            "measures": list(stage.measures),
+            "data": self.rows(f"stages.{name}.data", stage.data, "train"),
+            "prefix": stage.prefix.plain() if stage.prefix is not None else None,
+            "world": self.recipe.world.plain(),
+            "seed": self.seed,
+        }
+        return self.step("token_analysis", place, config, {"model": self.end_of(name, model)})
 
     def prompting(self, wanted: str, model: ModelRef) -> str:
         """``auto`` resolved: a model that was only pretrained knows no chat template."""

@@ -61,7 +61,7 @@ def run_probes(context: Context) -> None:
         results = results + ablation(target, rows, states, prompts, found.chosen, judge_of, seed)
     _tell(context, 100, "ablation" if settings.ablate else "probes")
     context.draft.write_json(LAYERS, found.layers)
-    _write(context, results)
+    write_metrics(context, results)
     context.draft.facts = {"shape": context.step.shape, "prompts": len(rows), **found.layers["prompts"]}
 
 
@@ -79,7 +79,7 @@ def run_perplexity(context: Context) -> None:
         model, Renderer(tokenizer), documents, settings, config["seed"],
         lambda done, total: context.progress({"step": done, "total": total, "note": "reading"}),
     )  # fmt: skip
-    _write(context, results)
+    write_metrics(context, results)
     context.draft.facts = {"shape": context.step.shape, "documents": len(documents)}
 
 
@@ -87,7 +87,8 @@ def _tell(context: Context, percent: int, note: str) -> None:
     context.progress({"step": percent, "total": 100, "note": note})
 
 
-def _write(context: Context, results: Sequence[Result]) -> None:
+def write_metrics(context: Context, results: Sequence[Result]) -> None:
+    """``metrics.jsonl`` of a step that measures a model without answers."""
     facts: dict[str, Any] = {
         "config": dict(context.step.config),
         "metrics": measure_cards(r.metric for r in results),
