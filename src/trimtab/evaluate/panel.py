@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
-from trimtab.data.sources import SourceConfig
+from trimtab.data.sources import NAMED, SourceConfig
 from trimtab.data.sources import rows as source_rows
 from trimtab.errors import UserError
 from trimtab.types import Row
@@ -73,7 +73,8 @@ def at_most(task: TaskConfig, limit: int | None) -> TaskConfig:
     if task.source.take is not None:
         take = min(limit, task.source.take)
         return task.model_copy(update={"source": task.source.model_copy(update={"take": take})})
-    there = sum(1 for _ in source_rows(task.source))
+    known = NAMED.get(task.source.name or "")  # a named set knows its rows without being fetched
+    there = known.rows if known and task.source.limit is None else sum(1 for _ in source_rows(task.source))
     return task if there <= limit else task.model_copy(update={"n": limit})
 
 

@@ -23,6 +23,8 @@ from trimtab.study.preflight import writing_costs
 
 MANY = 60
 """Steps from which the table shows those of one stage together."""
+MANY_ARMS = 6
+"""Arms that the table names of one line; the others it counts."""
 
 
 def print_plan(plan: Plan, store: Store, *, every: bool = False) -> None:
@@ -88,7 +90,9 @@ def _table(plan: Plan, groups: list[list[Step]], cached: Mapping[str, bool], spe
         table.add_column(heading, justify="right", no_wrap=True)
     for steps in groups:
         arms = {arm.id: None for step in steps for arm in plan.arms_of(step.id)}
-        names = "all" if len(arms) == len(plan.arms) else ", ".join(arms)
+        names = "all" if len(arms) == len(plan.arms) else ", ".join(list(arms)[:MANY_ARMS])
+        if len(arms) > MANY_ARMS and names != "all":
+            names += f" and {len(arms) - MANY_ARMS} more"
         done = sum(cached[step.id] for step in steps)
         state = "cached" if done == len(steps) else "to do" if not done else f"{done} cached"
         table.add_row(
