@@ -70,7 +70,7 @@ def print_curricula(plan: Plan, store: Store, console: Console) -> None:
     for key, names in shown.items():
         one, sizes = parts[key]
         found = exposure(one.timing, one.rows, one.length, sizes.tokens or None)
-        title = f"{one.stage}: {', '.join(dict.fromkeys(names))}"
+        title = f"{one.stage}: {_first(dict.fromkeys(names))}"
         print_exposure(found, console, title=escape(title), exact=sizes.exact)
 
 
@@ -90,9 +90,7 @@ def _table(plan: Plan, groups: list[list[Step]], cached: Mapping[str, bool], spe
         table.add_column(heading, justify="right", no_wrap=True)
     for steps in groups:
         arms = {arm.id: None for step in steps for arm in plan.arms_of(step.id)}
-        names = "all" if len(arms) == len(plan.arms) else ", ".join(list(arms)[:MANY_ARMS])
-        if len(arms) > MANY_ARMS and names != "all":
-            names += f" and {len(arms) - MANY_ARMS} more"
+        names = "all" if len(arms) == len(plan.arms) else _first(arms)
         done = sum(cached[step.id] for step in steps)
         state = "cached" if done == len(steps) else "to do" if not done else f"{done} cached"
         table.add_row(
@@ -107,6 +105,12 @@ def _table(plan: Plan, groups: list[list[Step]], cached: Mapping[str, bool], spe
             style="dim" if done == len(steps) else None,
         )
     return table
+
+
+def _first(names: Mapping[str, None]) -> str:
+    """The first ``MANY_ARMS`` names, and how many more there are."""
+    more = len(names) - MANY_ARMS
+    return ", ".join(list(names)[:MANY_ARMS]) + (f" and {more} more" if more > 0 else "")
 
 
 def print_world(kind: str, n: int, seed: int, mode: str) -> None:
