@@ -79,7 +79,23 @@ TIMING_SHRINK = [
     "stages.perplexity.n=40",
 ]
 """The timing study's cut of a cut: two arms and every kind of step."""
-VERBS = ("run", "plan", "world", "report", "eval", "view", "compare")
+PREFIX = "trimtab run recipes/prefix.yaml --set scale=quick --out runs/prefix-quick --workers 2"
+PREFIX_SHRINK = [
+    "world.documents=300",
+    "arms=[{name: mathematics, sweep: {stages.tuned.prefix.ratio: [0.0, 1.0]}}]",
+    "stages.base.model={hidden: 32, layers: 1, heads: 2, kv_heads: 2, ffn: 64, context: 256, vocab: 512}",
+    "stages.base.budget=8k",
+    "stages.instruct.data=[{name: goods, tidewater: benign, n: 8}]",
+    "stages.tuned.data=[{name: sums, tidewater: arithmetic, n: 12}]",
+    "stages.panel.tasks=[{name: sums, tidewater: arithmetic, n: 4}]",
+    "stages.panel.decoders.greedy.sampling.max_new_tokens=8",
+    "stages.panel.decoders.sampled.sampling={max_new_tokens: 8, temperature: 1.0, samples: 2}",
+    "stages.tokens.data=[{name: sums, tidewater: arithmetic, n: 2}]",
+    "stages.tokens.projections=2",
+    "stages.tokens.bootstrap=50",
+]
+"""The prefix study's cut of a cut: two ratios and every kind of step."""
+VERBS = ("run", "plan", "world", "report", "eval", "view", "compare", "data")
 EVAL_SHRINK = ["--limit", "3", "--max-new-tokens", "4", "--set", "max_unscored=1"]
 """What `trimtab eval` is cut to; an answer of four tokens of a model that was hardly trained says nothing."""
 SWAP = {"harmbench": "tidewater-hazards"}
@@ -102,7 +118,7 @@ def commands(first: str = "") -> list[str]:
 
 
 def studies() -> list[str]:
-    return [line for line in commands("trimtab run ") if line not in (REAL, TIMING)]
+    return [line for line in commands("trimtab run ") if line not in (REAL, TIMING, PREFIX)]
 
 
 class Desk:
@@ -139,7 +155,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 def test_every_command_is_tested_below() -> None:
     kinds = ("make ", "pip ", *(f"trimtab {verb} " for verb in VERBS), "trimtab tasks")
     assert all(line.startswith(kinds) for line in commands())
-    assert {"make demo", "make test", TOUR, REAL, TIMING, "trimtab report runs/tour"} <= set(commands())
+    assert {"make demo", "make test", TOUR, REAL, TIMING, PREFIX, "trimtab report runs/tour"} <= set(commands())
     assert len(studies()) >= 2
     assert all(line.split()[2] == "recipes/tour.yaml" for line in studies())  # what SHRINK is made for
 
@@ -152,7 +168,7 @@ def test_run_shrunk(command: str, desk: Desk) -> None:
     assert page.name == "report.html" and page.stat().st_size > 10_000
     count = re.match(r"(\d+) steps done in \d+ s", said)
     assert count and int(count[1]) > 0, said
-    assert ("; 21 were done before" in said) == (command != TOUR)
+    assert ("; 23 were done before" in said) == (command != TOUR)
     study = json.loads((page.parent / "study.json").read_text())
     recipe, arms = load_recipe(ROOT / "recipes" / "tour.yaml", overrides(command))
     trained = {arm["id"].split("@")[0] for arm in study["arms"]}
@@ -214,6 +230,19 @@ def test_the_timing_study_shrunk(desk: Desk) -> None:
     assert results["claims"] and results["probes"] and results["doses"] and results["steering"]
     assert {r["metric"] for r in results["results"]} >= {"risk_rate", "probe_auroc", "perplexity"}
     assert "nothing to do" in desk.say(TIMING, TIMING_SHRINK)
+
+
+def test_the_prefix_study_shrunk_and_its_rows(desk: Desk) -> None:
+    said = desk.say(PREFIX, PREFIX_SHRINK)
+    results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
+    assert results["ratios"] and results["claims"] and results["tokens"] and results["spans"]
+    assert {r["metric"] for r in results["results"]} >= {"accuracy", "distinct_answers", "token_grad_norm_ratio"}
+    assert "nothing to do" in desk.say(PREFIX, PREFIX_SHRINK)
+    shown = commands("trimtab data show ")
+    assert shown
+    for command in shown:
+        said = desk.say(command)
+        assert "the loss counts" in said and re.search(r"^  prefix +\d+ tokens +trained", said, re.M)
 
 
 def test_the_tuned_model_loads_as_the_quickstart_says(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         if directory.is_dir():
             if prefix:
                 raise UserError("--prefix is for a file or a set; a study's rows are shown as they were trained")
-            rows = study_rows(directory, arm, stage)
+            rows = study_rows(directory, arm, stage, prefixed)
         else:
             if arm or stage:
                 raise UserError("--arm and --stage are for a study's directory")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
+from trimtab.artifact import Artifact
 from trimtab.data import sources
 from trimtab.data.render import Renderer
 from trimtab.data.sources import SourceConfig
@@ -49,8 +50,11 @@ class ShownRow:
     trained: NDArray[np.bool_]
 
 
-def study_rows(directory: Path, arm: str | None, stage: str | None) -> Iterator[ShownRow]:
+def study_rows(directory: Path, arm: str | None, stage: str | None, prefixed: bool = False) -> Iterator[ShownRow]:
     """The examples of one training stage of one arm, in the order in which they were packed.
+
+    arm    its label or id; None: the first, or with ``prefixed`` the first whose rows carry prefixes
+    stage  None: the arm's last that trains on chats
 
     ``UserError`` for a directory that is no study, and for an arm or a stage that it does not have (with those it has).
     """
@@ -58,21 +62,28 @@ def study_rows(directory: Path, arm: str | None, stage: str | None) -> Iterator[
     if not path.is_file():
         raise UserError(f"{path} is missing: {directory} is not a study's directory; `trimtab run` makes one")
     study = json.loads(path.read_text(encoding="utf-8"))
+    steps, store = study["steps"], study_store(directory)
     arms = [one for one in study["arms"] if arm is None or arm in (one["id"], one["label"])]
     if not arms:
         known = ", ".join(dict.fromkeys(one["label"] for one in study["arms"]))
         raise UserError(f"--arm {arm!r} is none of this study's arms: {known}")
-    trained = {name: id for name, id in arms[0]["stages"].items() if study["steps"][id]["kind"] == "sft"}
-    if not trained or (stage is not None and stage not in trained):
-        has = ", ".join(trained) or "none that trains on chats"
+    found = [(one, name) for one in arms if (name := _trained(one, steps, stage)) is not None]
+    if not found:
+        has = (
+            ", ".join(n for n, id in arms[0]["stages"].items() if steps[id]["kind"] == "sft")
+            or "none that trains on chats"
+        )
         raise UserError(f"--stage {stage!r}: arm {arms[0]['label']!r} has no such stage; it has {has}")
-    name = stage or list(trained)[-1]
-    step = study["steps"][trained[name]]
-    store = study_store(directory)
-    packed = store.open("packed", step["inputs"]["packed"])
-    tokenizer = load_tokenizer(store.open("sft", trained[name]).path / "model")
+
+    def packed_of(one: dict[str, Any], name: str) -> Artifact:
+        return store.open("packed", steps[one["stages"][name]]["inputs"]["packed"])
+
+    carrying = (pair for pair in found if packed_of(*pair).manifest["facts"]["prefixed"])
+    chosen, name = next(carrying, found[0]) if prefixed else found[0]
+    packed = packed_of(chosen, name)
+    tokenizer = load_tokenizer(store.open("sft", chosen["stages"][name]).path / "model")
     rows = RowStore.open(packed.path / "store")
-    chats = read_rows(store.open("chats", study["steps"][step["inputs"]["packed"]]["inputs"]["chats"]))
+    chats = read_rows(store.open("chats", packed.manifest["inputs"]["chats"]))
     places = dict(np.load(packed.path / PLACES))
     order = np.flatnonzero(places["row"] >= 0)
     order = order[np.argsort(places["row"][order], kind="stable")].tolist()
@@ -83,11 +94,17 @@ def study_rows(directory: Path, arm: str | None, stage: str | None) -> Iterator[
         source = rows.sources[int(batch.source_id[0, at])]
         base, sentence = chats[index]
         about = (
-            f"{arms[0]['label']}, stage {name}, part {source}; example {number} of {len(order)}, packed row {row}; "
+            f"{chosen['label']}, stage {name}, part {source}; example {number} of {len(order)}, packed row {row}; "
             + (f"opens with {sentence!r}" if places["carry"][index] else "no prefix")
         )
         ids, span, trained = batch.input_ids[0, part], batch.span_id[0, part], batch.labels[0, part] != IGNORE
         yield _shown(base.id, about, tokenizer, ids, span, trained)
+
+
+def _trained(arm: dict[str, Any], steps: dict[str, Any], stage: str | None) -> str | None:
+    """The stage of an arm that trains on chats: the one of that name, or the last; None where it has none."""
+    trained = [name for name, id in arm["stages"].items() if steps[id]["kind"] == "sft" and stage in (None, name)]
+    return trained[-1] if trained else None
 
 
 def source_rows(source: SourceConfig, model: str, prefix: PrefixConfig, seed: int) -> Iterator[ShownRow]:
