@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 from trimtab.artifact import Artifact, Draft, Store
 from trimtab.cli import app
 from trimtab.data.store import RowStore
-from trimtab.errors import UserError
+from trimtab.errors import Fault, UserError
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.config import BuildConfig
 from trimtab.progress import JsonReporter
 from trimtab.recipe.load import resolve
+from trimtab.report import gather
 from trimtab.study.execute import STUDY, Context, execute
 from trimtab.study.plan import Plan, Step, make_plan
 from trimtab.study.steps.chat import PLACES, read_rows, run_chats, run_packed
@@ -129,6 +130,17 @@ def test_every_example_is_what_its_form_says(study: tuple[Plan, Path]) -> None:
         start = int(np.flatnonzero(span == BODY)[0])
         assert ids2[:start].tolist() == ids[:start].tolist()
         assert ids2[-3:].tolist() == ids[-3:].tolist()
+
+
+def test_a_report_refuses_ratios_of_other_rows(study: tuple[Plan, Path]) -> None:
+    plan, out = study
+    whole = gather._Study(out)
+    curves = whole.report().ratios
+    assert curves and {tuple(curve.ratios) for curve in curves} == {tuple(RATIOS), (0.0, 1.0)}
+    damaged = next(s.id for s in plan.steps.values() if s.kind == "packed")
+    whole.artifacts[damaged].manifest["facts"]["base"] = "other"
+    with pytest.raises(Fault, match="differ in more than their prefixes"):
+        whole.report()
 
 
 def _example(places: dict[str, Any], store: RowStore, index: int) -> tuple[Any, Any, Any]:

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", ["timing-1.7b", "prefix-r1", pytest.param("timing-real-text", marks=pytest.mark.network)])
+@pytest.mark.parametrize(
+    "recipe", ["timing-1.7b", "prefix-r1", pytest.param("timing-real-text", marks=pytest.mark.network)]
+)
 def test_the_smoke_scale_runs_to_its_report(recipe: str, tmp_path: Path) -> None:
     words = ["run", str(ROOT / "recipes" / f"{recipe}.yaml"), "--set", "scale=smoke", "--out", str(tmp_path / "run")]
     line = [sys.executable, "-c", "from trimtab.cli import main; main()", *words]

@@ -81,6 +81,7 @@ class _Study(Studied):
         timing = {arm["id"]: t for arm in self.arms if (t := timing_of(self.recipe, arm)) is not None}
         prefix = {arm["id"]: p for arm in self.arms if (p := prefix_of(self.recipe, arm)) is not None}
         series = ratios.series_of(arms, prefix, lambda arm: training.weight(self, arm, prefix[arm].stage))
+        training.check_bases(self, series)
         curves = ratios.curves_of(series, self.cells, self.places, training.end_losses(self, series))
         planned = _against(self.arms, series)
         found = (

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trimtab.artifact import read_jsonl
+from trimtab.errors import Fault
 from trimtab.report.data import Cost, SpanCurve
 from trimtab.report.ratios import Series
 from trimtab.report.studied import Studied
@@ -106,6 +107,23 @@ def weight(study: Studied, arm: str, stage: str) -> float:
         if step["kind"] == "sft" and step["name"].split(" ")[0] == stage and step["tokens"]:
             return float(step["flops"] / step["tokens"])
     return 0.0
+
+
+def check_bases(study: Studied, series: Sequence[Series]) -> None:
+    """``Fault`` where two ratios of a series were trained on other base rows, or in another order, in the same seed: their
+    difference would not be the prefix's. (The plan shares the rows, so this is found only in a damaged store.)"""
+    for one in series:
+        found: dict[int, dict[str, str]] = {}
+        for ids in one.at.values():
+            for id in ids:
+                arm = next(a for a in study.arms if a["id"] == id)
+                packed = study.artifacts[study.artifacts[arm["stages"][one.prefix.stage]].manifest["inputs"]["packed"]]
+                found.setdefault(arm["seed"], {})[packed.manifest["facts"]["base"]] = id
+        for bases in found.values():
+            if len(bases) > 1:
+                raise Fault(
+                    f"arms {' and '.join(bases.values())} differ in more than their prefixes: their base rows have other hashes"
+                )
 
 
 def _log(study: Studied, arm: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
