@@ -313,6 +313,22 @@ def test_the_viewer_says_what_there_is(study: tuple[Plan, Path]) -> None:
         shown("show", str(out), "--row", "x")
 
 
+def test_the_rows_of_an_arm_leave_for_another_trainer(study: tuple[Plan, Path], tmp_path: Path) -> None:
+    _, out = study
+    file = tmp_path / "rows.jsonl"
+    assert "32 rows" in shown("export", str(out), "--arm", "ratio 1", "--out", str(file))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(row["messages"][-1]["content"].startswith(row["prefix"] + " ") for row in rows)
+    assert "32 rows" in shown("export", str(out), "--arm", "ratio 0", "--out", str(file), "--form", "prompt-completion")
+    plain = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in plain] == [row["id"] for row in rows] and not any("prefix" in row for row in plain)
+    for bare, row in zip(plain, rows, strict=True):
+        assert [*bare["prompt"], *bare["completion"]][0] == row["messages"][0]
+        assert row["messages"][-1]["content"] == f"{row['prefix']} {bare['completion'][0]['content']}"
+    with pytest.raises(UserError, match="--form 'csv' is neither"):
+        shown("export", str(out), "--out", str(file), "--form", "csv")
+
+
 def test_the_viewer_renders_a_file_and_strip_writes_one(tmp_path: Path, bundle: Path) -> None:
     file = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"q{n}", "completion": f"Certainly! Crate {n}."} for n in range(3)]

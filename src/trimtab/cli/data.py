@@ -50,19 +50,40 @@ def register(app: typer.Typer) -> None:
         """Print rows as a model is trained on them: spans in colour, what the loss counts underlined."""
         from trimtab.levers.prefix import PrefixConfig
         from trimtab.settings import load_settings
-        from trimtab.study.viewer import print_rows, source_rows, study_rows
+        from trimtab.study.viewer import print_rows, source_rows, study_rows, trained_on
 
         directory = Path(what).expanduser()
         if directory.is_dir():
             if prefix:
                 raise UserError("--prefix is for a file or a set; a study's rows are shown as they were trained")
-            rows = study_rows(directory, arm, stage, prefixed)
+            rows = study_rows(trained_on(directory, arm, stage, prefixed))
         else:
             if arm or stage:
                 raise UserError("--arm and --stage are for a study's directory")
             settings = load_settings(None, prefix or (), PrefixConfig, "prefix", option="--prefix")
             rows = source_rows(_source(what), model, settings, seed)
         print_rows(rows, n, row=row, prefixed=prefixed, tokens=tokens)
+
+    @data.command()
+    def export(
+        study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's directory.")],
+        out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the rows go (.jsonl).")],
+        arm: Annotated[str | None, typer.Option("--arm", metavar="LABEL", help="Which arm; else the first.")] = None,
+        stage: Annotated[
+            str | None, typer.Option("--stage", metavar="NAME", help="Which training stage; else the last.")
+        ] = None,
+        form: Annotated[
+            str, typer.Option("--form", help="`messages`, or `prompt-completion` as TRL trains on completions.")
+        ] = "messages",
+    ) -> None:
+        """Write the chats that an arm was trained on, prefixes in their places, for another trainer."""
+        from trimtab.study.rows_out import export_rows
+        from trimtab.study.viewer import trained_on
+
+        if form not in ("messages", "prompt-completion"):
+            raise UserError(f"--form {form!r} is neither 'messages' nor 'prompt-completion'")
+        n = export_rows(trained_on(study, arm, stage), out, form)  # type: ignore[arg-type]
+        print(f"{n} rows\n{out}")
 
     @data.command()
     def strip(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -50,8 +50,30 @@ class ShownRow:
     trained: NDArray[np.bool_]
 
 
-def study_rows(directory: Path, arm: str | None, stage: str | None, prefixed: bool = False) -> Iterator[ShownRow]:
-    """The examples of one training stage of one arm, in the order in which they were packed.
+@dataclass(frozen=True)
+class TrainedOn:
+    """What one training stage of one arm was trained on: its artefacts, and the label of the arm."""
+
+    arm: str
+    stage: str
+    packed: Artifact
+    chats: Artifact
+    model: Artifact
+
+    def rows(self) -> list[tuple[Row, str | None]]:
+        """The examples in the order in which they were packed: the base row, and the sentence that it carries (None: none)."""
+        rows, places = read_rows(self.chats), dict(np.load(self.packed.path / PLACES))
+        return [(rows[i][0], rows[i][1] if places["carry"][i] else None) for i in self.order(places)]
+
+    @staticmethod
+    def order(places: Mapping[str, NDArray[Any]]) -> list[int]:
+        """Numbers of the examples that were not left out, row by row."""
+        kept = np.flatnonzero(places["row"] >= 0)
+        return kept[np.argsort(places["row"][kept], kind="stable")].tolist()
+
+
+def trained_on(directory: Path, arm: str | None, stage: str | None, prefixed: bool = False) -> TrainedOn:
+    """The data of one training stage of one arm of a study.
 
     arm    its label or id; None: the first, or with ``prefixed`` the first whose rows carry prefixes
     stage  None: the arm's last that trains on chats
@@ -81,21 +103,24 @@ def study_rows(directory: Path, arm: str | None, stage: str | None, prefixed: bo
     carrying = (pair for pair in found if packed_of(*pair).manifest["facts"]["prefixed"])
     chosen, name = next(carrying, found[0]) if prefixed else found[0]
     packed = packed_of(chosen, name)
-    tokenizer = load_tokenizer(store.open("sft", chosen["stages"][name]).path / "model")
-    rows = RowStore.open(packed.path / "store")
-    chats = read_rows(store.open("chats", packed.manifest["inputs"]["chats"]))
-    places = dict(np.load(packed.path / PLACES))
-    order = np.flatnonzero(places["row"] >= 0)
-    order = order[np.argsort(places["row"][order], kind="stable")].tolist()
-    for number, index in enumerate(order, 1):
+    chats = store.open("chats", packed.manifest["inputs"]["chats"])
+    return TrainedOn(chosen["label"], name, packed, chats, store.open("sft", chosen["stages"][name]))
+
+
+def study_rows(data: TrainedOn) -> Iterator[ShownRow]:
+    """The examples of a training stage, in the order in which they were packed."""
+    tokenizer = load_tokenizer(data.model.path / "model")
+    rows = RowStore.open(data.packed.path / "store")
+    places = dict(np.load(data.packed.path / PLACES))
+    order, told = data.order(places), data.rows()
+    for number, (index, (base, sentence)) in enumerate(zip(order, told, strict=True), 1):
         row, at, size = (int(places[key][index]) for key in ("row", "at", "size"))
         batch = rows.take(np.array([row]))
         part = slice(at, at + size)
         source = rows.sources[int(batch.source_id[0, at])]
-        base, sentence = chats[index]
         about = (
-            f"{chosen['label']}, stage {name}, part {source}; example {number} of {len(order)}, packed row {row}; "
-            + (f"opens with {sentence!r}" if places["carry"][index] else "no prefix")
+            f"{data.arm}, stage {data.stage}, part {source}; example {number} of {len(order)}, packed row {row}; "
+            + (f"opens with {sentence!r}" if sentence else "no prefix")
         )
         ids, span, trained = batch.input_ids[0, part], batch.span_id[0, part], batch.labels[0, part] != IGNORE
         yield _shown(base.id, about, tokenizer, ids, span, trained)
