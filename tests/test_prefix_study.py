@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.config import BuildConfig
 from trimtab.progress import JsonReporter
 from trimtab.recipe.load import resolve
-from trimtab.report import gather
+from trimtab.report import gather, training
 from trimtab.study.execute import STUDY, Context, execute
 from trimtab.study.plan import Plan, Step, make_plan
 from trimtab.study.steps.chat import PLACES, read_rows, run_chats, run_packed
@@ -234,6 +235,11 @@ def test_stripped_openings_are_reported_and_shared(tmp_path: Path, bundle: Path)
     assert told["openings"] == [{"text": "Sure!", "rows": 7, "found": "rule"}]
     kept = [row.messages[-1]["content"] for row, _ in read_rows(chats) if row.messages]
     assert sorted(kept) == [f"It is {n}." for n in range(6)]
+    fake = SimpleNamespace(steps={"c": {"kind": "chats", "name": "tuned"}}, artifacts={"c": chats})
+    (note,) = training.strip_notes(fake)  # type: ignore[arg-type]
+    assert note.startswith(
+        "Boilerplate was stripped from 7 of 7 responses of tuned, 1 different openings: “Sure!” (7). 1 rows"
+    )
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

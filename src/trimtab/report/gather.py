@@ -117,7 +117,7 @@ class _Study(Studied):
             recipe_yaml=yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=100),
             hashes={f"{step['kind']} {step['name']} ({id[:8]})": id for id, step in self.steps.items()},
             versions=self.versions(),
-            notes=[*self.recipe["notes"], *self.judge_notes()],
+            notes=[*self.recipe["notes"], *training.strip_notes(self), *self.judge_notes()],
             seeds=list(self.recipe["seeds"]),
             places=self.places if self.gridded else [],
             groups=self.cells.groups() if self.gridded else [],

@@ -109,6 +109,19 @@ def weight(study: Studied, arm: str, stage: str) -> float:
     return 0.0
 
 
+def strip_notes(study: Studied) -> Iterator[str]:
+    """What strip mode removed from each training set, in a sentence."""
+    for id, step in study.steps.items():
+        told = study.artifacts[id].manifest["facts"].get("stripped") if step["kind"] == "chats" else None
+        if told:
+            most = ", ".join(f"“{o['text']}” ({o['rows']})" for o in told["openings"][:3])
+            left = f" {told['emptied']} rows were nothing else and are left out." if told["emptied"] else ""
+            yield (
+                f"Boilerplate was stripped from {told['changed']} of {told['rows']} responses of {step['name']}, "
+                f"{told['different']} different openings{': ' + most if most else ''}.{left}"
+            )
+
+
 def check_bases(study: Studied, series: Sequence[Series]) -> None:
     """``Fault`` where two ratios of a series were trained on other base rows, or in another order, in the same seed: their
     difference would not be the prefix's. (The plan shares the rows, so this is found only in a damaged store.)"""
