@@ -131,9 +131,8 @@ def explain(error: ValidationError, raw: Any, model: type[Config]) -> str:
     elif kind == "missing":
         message = "this field is required"
     elif kind.startswith("union_tag"):
-        message = f"'kind' must be one of {first.get('ctx', {}).get('expected_tags', '')}".replace("'", "").replace(
-            "kind", "'kind'", 1
-        )
+        known = str(first.get("ctx", {}).get("expected_tags", "")).replace("'", "")
+        message = f"'kind' must be one of {known}" if known else "'kind' is missing; docs/recipe.md lists the kinds"
     elif kind not in ("value_error", "assertion_error"):
         message += f" (got {first['input']!r:.60})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
