@@ -15,8 +15,8 @@ demo: $(VENV)/.demo  ## train the tour's arms and write runs/tour/report.html
 demo-quick: $(VENV)/.demo  ## the same in about two minutes
 	$(BIN)/trimtab run recipes/tour.yaml --set scale=quick --out runs/tour-quick --workers 2
 
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run the tests, files side by side
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
