@@ -264,7 +264,7 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date() -> None:
         assert isinstance(done, Completion) and least <= times[1] - times[0] < 5
 
 
-@pytest.mark.parametrize("value", ["9999", formatdate(time.time() + 9999, usegmt=True)])
+@pytest.mark.parametrize("value", ["9999", formatdate(time.time() + 9999, usegmt=True)], ids=["seconds", "date"])
 def test_a_pause_that_is_too_long_is_not_waited_for(value: str) -> None:
     done, asked = once(lambda body: Reply({}, 429, headers={"Retry-After": value}))
     assert isinstance(done, EndpointError) and done.reason == "http 429" and asked == 1
