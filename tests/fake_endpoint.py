@@ -100,6 +100,15 @@ class FakeEndpoint:
             with self._lock:
                 self._at_once -= 1
 
+    def settle(self, quiet: float = 0.5, most: float = 10.0) -> None:
+        """Wait until nothing has come in for ``quiet`` seconds and nothing is being answered."""
+        until, seen, since = time.monotonic() + most, -1, time.monotonic()
+        while time.monotonic() < until and time.monotonic() - since < quiet:
+            with self._lock:
+                if self._at_once or len(self.seen) != seen:
+                    seen, since = len(self.seen), time.monotonic()
+            time.sleep(0.02)
+
     def pause(self, seconds: float) -> None:
         self._over.wait(seconds)
 

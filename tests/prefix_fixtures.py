@@ -7,17 +7,19 @@ Tidewater's; answers are a word and verdicts are dealt, not judged. Arms may hav
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.analyze.metrics import plain_row
 from trimtab.artifact import Store
 from trimtab.evaluate.figures import results
 from trimtab.evaluate.files import GENERATIONS, JUDGEMENTS, METRICS, PROMPTS, header_of, stage_path, write_stage
 from trimtab.evaluate.metrics import Record, to_plain
 from trimtab.seeds import digest, rng_of
-from trimtab.types import Generation, Row, Verdict
+from trimtab.types import Generation, Result, Row, Verdict
 from trimtab.world.tidewater import Tidewater, TidewaterConfig
 
 SIZES = {"small": 1e6, "medium": 4e6, "large": 9e6}
@@ -103,10 +105,12 @@ def prefix_study(
                         "train": {"rows_per_step": 4}, **config,
                     }, {}, _pretrained, 5120, 5120 * SIZES[size])  # fmt: skip
                     config = {**config, "ratio": ratio, "capability": capability, "form": dict(form) if ratio else {}}
+                    packed = artefact("packed", "tuned", {**config, "model": None}, {}, _packed)
+                    inputs = {"model": base, "packed": packed}
                     tuned = artefact(
-                        "sft", "tuned", config, {"model": base}, _log(log, ratio, size, seed), 1000, 1000 * SIZES[size]
+                        "sft", "tuned", config, inputs, _log(log, ratio, size, seed), 1000, 1000 * SIZES[size]
                     )
-                    ends, cells, steps = {"base": base, "tuned": tuned}, {}, [base, tuned]
+                    ends, cells, steps = {"base": base, "tuned": tuned}, {}, [base, packed, tuned]
                     for decoder, sampling in DECODERS.items():
                         of = Of(capability, size, ratio, seed, decoder, "")
                         records = _records(rows, of, right)
@@ -193,6 +197,10 @@ def _records(rows: Sequence[Row], of: Of, right: Callable[[Of], float]) -> list[
                 verdict = Verdict("safe", "j", refusal="none", correct=good)
             found.append(Record(row, answer, verdict))
     return found
+
+
+def _packed(draft: Any) -> None:
+    draft.facts = {"base": "the same at every ratio"}
 
 
 def _answers(rows: Sequence[Row], records: Sequence[Record]) -> Callable[[Any], None]:
@@ -288,5 +296,16 @@ def ranking(ratio: float, seed: int = 0, pull: float = 1.6) -> dict[str, Any]:
 def _analysed(ratio: float, seed: int) -> Callable[[Any], None]:
     def fill(draft: Any) -> None:
         draft.write_json("ranking.json", ranking(ratio, seed))
+        figure = Result(
+            "token_grad_norm_ratio",
+            1.5 + ratio,
+            1.0,
+            3.0,
+            8,
+            "bootstrap",
+            range=(0.0, math.inf),
+            category="prefix / body",
+        )
+        write_stage(stage_path(draft.path, METRICS), header_of(METRICS), [plain_row(figure)])
 
     return fill

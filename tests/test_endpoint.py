@@ -253,7 +253,7 @@ def test_tries_are_bounded_and_then_an_error_of_that_call(failure: Any, reason: 
 
 
 def test_retry_after_is_honoured_as_seconds_and_as_a_date() -> None:
-    for value, least in (("0.3", 0.3), (formatdate(time.time() + 2, usegmt=True), 0.5)):
+    for value, least in (("0.3", 0.3), (formatdate(time.time() + 3, usegmt=True), 0.5)):
         times: list[float] = []
 
         def answer(body: dict[str, Any], times: list[float] = times, value: str = value) -> Any:

@@ -91,6 +91,7 @@ PREFIX_SHRINK = [
     "stages.panel.decoders.greedy.sampling.max_new_tokens=8",
     "stages.panel.decoders.sampled.sampling={max_new_tokens: 8, temperature: 1.0, samples: 2}",
     "stages.tokens.data=[{name: sums, tidewater: arithmetic, n: 2}]",
+    "stages.tokens.prefix.ratio=1",
     "stages.tokens.projections=2",
     "stages.tokens.bootstrap=50",
 ]

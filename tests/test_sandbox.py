@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -71,6 +72,7 @@ class Host:
             self.listeners.append(listener)
         for listener in self.listeners:
             listener.setblocking(False)
+        self.children = _children() if LINUX else set()  # of other tests in this process
         self.victim = subprocess.Popen(["sleep", "600"], start_new_session=True)
         self.before = self._state()
 
@@ -124,8 +126,7 @@ class Host:
             except BlockingIOError:
                 pass
         if LINUX:
-            left = [p for task in Path("/proc/self/task").iterdir() for p in (task / "children").read_text().split()]
-            found += [f"process left: {_command(p)}" for p in left if p != str(self.victim.pid)]
+            found += [f"process left: {_command(p)}" for p in _children() - self.children if p != str(self.victim.pid)]
         return found
 
     def close(self) -> None:
@@ -133,6 +134,15 @@ class Host:
         self.victim.wait()
         for listener in self.listeners:
             listener.close()
+
+
+def _children() -> set[str]:
+    """Processes that are children of this one now, by number."""
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found |= set((task / "children").read_text().split())
+    return found
 
 
 def _command(pid: str) -> str:

@@ -37,5 +37,7 @@ def quieten() -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # The argument's new name is not known to the older releases that we take too; the warning is raised in torch's name.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
