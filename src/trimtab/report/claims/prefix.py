@@ -141,7 +141,8 @@ def _gradients(run: Run) -> Iterable[Part]:
             continue
         prefix.setdefault(row["seed"], []).append(_less(*pair))
         mine = [t for t in row["ranking"]["tokens"] if t["span"] == "prefix" and is_cue(t["token"], PAPER_CUES)]
-        mine = [t for t in mine if t.get("grad_norm") and t["grad_norm"][0] is not None]
+        # A token that occurs in one row alone has no interval, and cannot speak.
+        mine = [t for t in mine if t.get("grad_norm") and None not in t["grad_norm"]]
         if mine:
             count = sum(t["count"] for t in mine)
             mean = [sum(t["count"] * t["grad_norm"][i] for t in mine) / count for i in range(3)]
