@@ -349,3 +349,16 @@ def test_other_sets_tasks_are_groups_of_their_own() -> None:
     )
     assert cells.within("harmful requests") == ["harmful requests: a"]
     assert cells.within("harmful requests, wrapped") == ["harmful requests: b, wrapped"]
+
+
+def test_a_cue_word_seen_in_one_row_alone_says_nothing() -> None:
+    from types import SimpleNamespace
+
+    from trimtab.report.claims.prefix import _gradients
+
+    spans = {"prefix": {"grad_norm": [3.0, 2.0, 4.0]}, "body": {"grad_norm": [1.0, 0.8, 1.2]}}
+    alone = {"token": " revised", "span": "prefix", "count": 1, "grad_norm": [9.0, None, None]}
+    row = {"seed": 0, "ratio": 0.5, "ranking": {"spans": spans, "tokens": [alone]}}
+    found = {name: estimate for name, estimate, *_ in _gradients(SimpleNamespace(rankings=[row], pulls={}, cells=None))}  # type: ignore[arg-type]
+    assert found["gradient norm of a prefix token against a body token"].value == pytest.approx(2.0)
+    assert found["of “revised” and “logical(ly)” against the other prefix tokens"] is None
