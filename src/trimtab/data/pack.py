@@ -312,7 +312,7 @@ def bin_examples(
 
 def offsets(examples: Examples, bins: Bins) -> NDArray[np.int64]:
     """int64[E]: where each example begins in its row; 0 for one that is left out."""
-    kept = _in_rows(bins)
+    kept = in_rows(bins.row)
     sizes, row = examples.sizes[kept], bins.row[kept]
     before = np.cumsum(sizes) - sizes
     first = np.concatenate([[True], row[1:] != row[:-1]])
@@ -321,10 +321,10 @@ def offsets(examples: Examples, bins: Bins) -> NDArray[np.int64]:
     return found
 
 
-def _in_rows(bins: Bins) -> NDArray[np.int64]:
-    """The examples that have a row, row by row, in the order given."""
-    kept = np.flatnonzero(bins.row >= 0)
-    return kept[np.argsort(bins.row[kept], kind="stable")]
+def in_rows(row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The examples that have a row (``Bins.row``), row by row, in the order given."""
+    kept = np.flatnonzero(row >= 0)
+    return kept[np.argsort(row[kept], kind="stable")]
 
 
 def fill_rows(
@@ -334,7 +334,7 @@ def fill_rows(
 
     source_ids  int16[E], one per example (default: all 0)
     """
-    kept = _in_rows(bins)
+    kept = in_rows(bins.row)
     chosen = examples.take(kept)
     sizes, row, offset = chosen.sizes, bins.row[kept], offsets(examples, bins)[kept]
     before = np.cumsum(sizes) - sizes

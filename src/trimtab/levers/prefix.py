@@ -28,7 +28,6 @@ from trimtab.seeds import digest, seed_of, uniform_of
 from trimtab.types import SPAN_ID, Message, PrefixAt, Row
 
 Capability = Literal["safety", "reasoning", "factuality", "coding"]
-Placement = PrefixAt
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "safety": (
@@ -119,7 +118,7 @@ class PrefixConfig(Config):
     parts: tuple[str, ...] | None = Field(
         None, min_length=1, description="Names of the parts of `data` whose rows may carry a prefix; null: all."
     )
-    placement: Placement = Field(
+    placement: PrefixAt = Field(
         "response",
         description="`response`: the answer opens with the sentence; `input`: the last user message does.",
     )

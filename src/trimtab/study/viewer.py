@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.text import Text
 
 from trimtab.artifact import Artifact
 from trimtab.data import sources
+from trimtab.data.pack import in_rows
 from trimtab.data.render import Renderer
 from trimtab.data.sources import SourceConfig
 from trimtab.data.store import RowStore
@@ -63,13 +64,8 @@ class TrainedOn:
     def rows(self) -> list[tuple[Row, str | None]]:
         """The examples in the order in which they were packed: the base row, and the sentence that it carries (None: none)."""
         rows, places = read_rows(self.chats), dict(np.load(self.packed.path / PLACES))
-        return [(rows[i][0], rows[i][1] if places["carry"][i] else None) for i in self.order(places)]
-
-    @staticmethod
-    def order(places: Mapping[str, NDArray[Any]]) -> list[int]:
-        """Numbers of the examples that were not left out, row by row."""
-        kept = np.flatnonzero(places["row"] >= 0)
-        return kept[np.argsort(places["row"][kept], kind="stable")].tolist()
+        order = in_rows(places["row"]).tolist()
+        return [(rows[i][0], rows[i][1] if places["carry"][i] else None) for i in order]
 
 
 def trained_on(directory: Path, arm: str | None, stage: str | None, prefixed: bool = False) -> TrainedOn:
@@ -112,7 +108,7 @@ def study_rows(data: TrainedOn) -> Iterator[ShownRow]:
     tokenizer = load_tokenizer(data.model.path / "model")
     rows = RowStore.open(data.packed.path / "store")
     places = dict(np.load(data.packed.path / PLACES))
-    order, told = data.order(places), data.rows()
+    order, told = in_rows(places["row"]).tolist(), data.rows()
     for number, (index, (base, sentence)) in enumerate(zip(order, told, strict=True), 1):
         row, at, size = (int(places[key][index]) for key in ("row", "at", "size"))
         batch = rows.take(np.array([row]))
