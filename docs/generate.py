@@ -16,7 +16,8 @@ from pydantic_core import PydanticUndefined
 from trimtab.config import Config
 from trimtab.data.promptsets import SETS
 from trimtab.evaluate.tasks import GROUPS, TASKS
-from trimtab.recipe.model import Recipe, Stage
+from trimtab.recipe.model import Recipe
+from trimtab.recipe.stages import Stage
 
 HEAD = """# Recipe reference
 

@@ -40,6 +40,7 @@ CHATS: dict[str, Any] = {
     "world": WORLD,
     "prefix": None,
     "modes": None,
+    "names": None,
     "length": 64,
     "seed": 1,
 }

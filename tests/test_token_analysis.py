@@ -30,7 +30,7 @@ from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.progress import JsonReporter
 from trimtab.recipe.load import load_recipe
-from trimtab.recipe.model import TokenAnalysisStage
+from trimtab.recipe.stages import TokenAnalysisStage
 from trimtab.study.execute import execute
 from trimtab.study.plan import make_plan
 from trimtab.study.steps.tokens import run_token_analysis

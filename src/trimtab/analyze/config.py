@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from trimtab.config import Config
 
@@ -50,3 +50,47 @@ class TokenConfig(Config):
         if len(set(value)) != len(value):
             raise ValueError("a measure is given twice")
         return tuple(name for name in MEASURED if name in value)
+
+
+class MarginConfig(Config):
+    """The safety alignment margin: the mean silhouette of a model's answers-to-be by mode (2508.14904, sec. 3.3)."""
+
+    features: tuple[Literal["logits", "hidden"], ...] = Field(
+        ("logits",),
+        min_length=1,
+        description="The points: `logits` of the first tokens of an answer, as in the paper, or `hidden` states there.",
+    )
+    distances: tuple[Literal["cosine", "euclidean"], ...] = Field(
+        ("euclidean", "cosine"), min_length=1, description="Distances; the paper does not say which it takes."
+    )
+    tokens: int = Field(
+        1,
+        ge=1,
+        description="First tokens of an answer, one after the other by the model's own choice; each is a figure.",
+    )
+    layers: tuple[int, ...] = Field(
+        (), description="Layers of `hidden` (0: what enters the first block); left out: all of them."
+    )
+    batch: int = Field(64, ge=1, description="Prompts read side by side.")
+    bootstrap: int = Field(500, ge=50, description="Resamples of the prompts behind each interval.")
+
+
+class AuditConfig(Config):
+    """Whether a control token can be typed into a model, or coaxed out of it (docs/levers/modes.md)."""
+
+    spoofs: int = Field(
+        10_000,
+        ge=0,
+        description="Attempts to write a control token as text, through the renderer and by plain templating.",
+    )
+    leaks: int = Field(
+        64, ge=0, description="Answers that are searched for control tokens, over all ways of asking for them."
+    )
+    max_new_tokens: int = Field(48, ge=1, description="Longest of these answers, in tokens.")
+    batch: int = Field(32, ge=1, description="Answers decoded side by side.")
+
+    @model_validator(mode="after")
+    def _something(self) -> AuditConfig:
+        if not self.spoofs and not self.leaks:
+            raise ValueError("'spoofs' and 'leaks' are both 0: there is nothing to do")
+        return self

@@ -40,6 +40,7 @@ from trimtab.errors import UserError
 from trimtab.types import IGNORE, ROLES, SPAN_ID, Message, PrefixAt, Row
 
 Train = Literal["answers", "last", "none"]
+ControlsAt = Literal["system", "header"]
 _STRUCTURE, _CONTROL, _PROMPT, _TEXT = (SPAN_ID[name] for name in ("structure", "control", "prompt", "text"))
 _PREFIX, _BODY, _THINKING, _TAG = (SPAN_ID[name] for name in ("prefix", "body", "think", "tag"))
 
@@ -208,6 +209,7 @@ class Renderer:
         messages: Sequence[Message] | Sequence[Mapping[str, Any]],
         *,
         controls: Sequence[str] = (),
+        controls_at: ControlsAt = "system",
         prefix: str | None = None,
         prefix_at: PrefixAt = "response",
         prefill: str | None = None,
@@ -218,6 +220,7 @@ class Renderer:
 
         controls           names; their ids open the system slot (a system message is made where there is none and the
                            template has a slot; else they come right after BOS). Span "control", never trained.
+        controls_at        "header": they stand after the last assistant header instead, right before what is answered.
         prefix             span "prefix", never other ids. With ``prefix_at="response"`` the opening of the last assistant
                            message: of its content, or of its reasoning (after ``<think>``), or of the answer after that
                            (``</think>``), the first that fits, white space before the latter two aside. With "input" the
@@ -250,7 +253,12 @@ class Renderer:
             raise UserError(f"controls: unknown name {unknown[0]!r}; known: {', '.join(self.controls) or 'none'}")
         last = said[-1] if said else -1
         opened, cut = self._prefix(messages, last, prefix, prefix_at, generation_prompt)
-        plan, texts, made = self._plan(fields, bool(controls), generation_prompt)
+        at_header = controls_at == "header"
+        if controls_at not in ("system", "header"):
+            raise UserError(f"controls_at: {controls_at!r} is not one of system, header")
+        if at_header and controls and self.thinking is not None and self.thinking.prompted:
+            raise UserError("controls_at: the generation prompt of this template opens a reasoning block; use 'system'")
+        plan, texts, made = self._plan(fields, bool(controls) and not at_header, generation_prompt)
         slots = {part.slot.key for part in plan.parts if isinstance(part, Place)}
         lost = [i for i, f in enumerate(fields) if f.block is not None and (i + made, "content") not in slots]
         if lost:
@@ -268,6 +276,8 @@ class Renderer:
                 i = part.slot.key[0] - made
                 if i >= 0:  # the text of a made system message is nothing but the controls
                     out += self._text(part, fields[i], texts[part.slot.key], cut if i == opened else (0, 0))
+        if at_header and controls:
+            out.insert(self._answer_at(out, last + made, generation_prompt), self._control(controls))
         if prefill is not None:
             out += self._prefill(prefill)
 
@@ -289,6 +299,19 @@ class Renderer:
         )
 
     # ------------------------------------------------------------------ one row
+
+    def _control(self, controls: Sequence[str]) -> Piece:
+        """Control ids after the assistant's header: its role, no message."""
+        return make_piece([self.controls[name] for name in controls], -1, ROLE_ID["assistant"], _CONTROL)
+
+    @staticmethod
+    def _answer_at(out: Sequence[Piece], last: int, generation_prompt: bool) -> int:
+        """The index before which nothing of the last answer stands; pieces end where a generation prompt does."""
+        if generation_prompt:
+            return len(out)
+        if last < 0:
+            raise UserError("controls_at: there is no assistant message whose header they could follow")
+        return next(i for i, piece in enumerate(out) if (piece.owner == last).any())
 
     def _fields(self, i: int, message: Mapping[str, Any], final: bool) -> _Fields:
         if not isinstance(message, Mapping):

@@ -11,14 +11,16 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
+from trimtab.evaluate.conditions import CONDITIONS, Conditions, Told
 from trimtab.generate.config import Sampling
-from trimtab.levers.modes import control_name
+from trimtab.levers.modes import Switch
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row
@@ -141,7 +143,7 @@ class LocalTarget(Target):
     """A model in this process.
 
     model        with the engine ``vllm``, its outline is enough: vLLM loads the weights itself
-    modes_table  mode -> name of the control that switches it on (None: no control), as ``BundleManifest.modes``
+    switch       how its modes are told, as a bundle's manifest has it; None: by the controls of its tokenizer
     where        for the engine ``vllm``: a directory, or a Hub id with its ``revision``
     prompting    ``completion`` asks a model that was only pretrained, by a plain-text dialogue (``evaluate.completion``);
                  its tokenizer needs no chat template, and there are no modes then
@@ -155,7 +157,7 @@ class LocalTarget(Target):
         *,
         name: str,
         identity: str,
-        modes_table: Mapping[str, str | None] | None = None,
+        switch: Switch | None = None,
         default_mode: str | None = None,
         engine: EngineName = "transformers",
         where: str | Path | None = None,
@@ -177,11 +179,7 @@ class LocalTarget(Target):
                 )
             template = TEMPLATE
         self.renderer = Renderer(tokenizer, controls=controls_of(tokenizer), template=template)
-        self.table = dict(modes_table or {})
-        for control in self.renderer.controls:
-            mode = control.removeprefix("mode:")
-            if control == control_name(mode):
-                self.table.setdefault(mode, control)
+        self.switch = switch or Switch.of(self.renderer.controls)
         self.default_mode = default_mode
         self.name, self.identity = name, identity
         self.served = engine != "transformers"
@@ -196,7 +194,7 @@ class LocalTarget(Target):
             "device": str(self.engine.device),
             "engine": engine,
             "prompting": prompting,
-            "modes": sorted(self.table),
+            "modes": sorted(self.switch.modes),
         }
 
     def _engine(self, where: str | Path | None, revision: str | None) -> Any:
@@ -220,21 +218,35 @@ class LocalTarget(Target):
                 )
             return (None,)
         if wanted is None:
-            if self.default_mode == "negative":
-                has = ", ".join(sorted(self.table))
-                raise UserError(f"modes: the default mode is negative; name a mode: {has} (or {NO_MODE!r}: no token)")
+            if self.default_mode is not None and self.switch.behaves.get(self.default_mode) == "negative":
+                has = ", ".join(sorted(self.switch.modes))
+                raise UserError(
+                    f"modes: the default mode is {self.default_mode}; name a mode: {has} (or {NO_MODE!r}: no token)"
+                )
             return (self.default_mode,)
         found: list[str | None] = []
         for mode in wanted:
-            if mode != NO_MODE and mode not in self.table:
-                has = ", ".join(sorted(self.table)) or "no modes"
+            if mode not in self.switch.modes and mode != NO_MODE and mode not in CONDITIONS:
+                has = ", ".join(sorted(self.switch.modes)) or "no modes"
                 raise UserError(f"modes: {self.name} has no mode {mode!r}; it has {has} (and {NO_MODE!r}: no token)")
+            if mode in CONDITIONS:
+                self.conditions.check(mode)
             found.append(None if mode == NO_MODE else mode)
         return tuple(dict.fromkeys(found))
 
+    def told(self, row: Row, mode: str | None) -> Told:
+        """The row with what is text of its mode and policy, and the controls; ``mode`` may be one of ``CONDITIONS``."""
+        if mode in CONDITIONS:
+            return self.conditions.told(row, str(mode))
+        return Told(*self.switch.tell(row, mode))
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        return Conditions(self.switch, self.tokenizer, self.model, self.renderer.controls)
+
     def controls(self, mode: str | None) -> tuple[str, ...]:
-        """Names of the controls that a mode puts into the system slot."""
-        control = None if mode is None else self.table[mode]
+        """Names of the controls that a mode puts into its slot."""
+        control = None if mode is None else self.switch.modes.get(mode)
         return () if control is None else (control,)
 
     def ask(self, row: Row, mode: str | None, sampling: Sampling, seed: int) -> Asked:
@@ -271,11 +283,13 @@ class LocalTarget(Target):
             assert mode is None, "completion prompting has no modes"
             # A document's ids, BOS and all, without the end that follows it: the model is to write that.
             return self.renderer.text(dialogue(row, self.world).text).ids[:-1]
-        assert row.messages is not None
-        return self.renderer.chat(
-            row.messages, controls=self.controls(mode), prefill=row.metadata.get("prefill"),
+        told = self.told(row, mode)
+        assert told.row.messages is not None
+        ids = self.renderer.chat(
+            told.row.messages, controls=told.controls, controls_at=self.switch.at, prefill=row.metadata.get("prefill"),
             generation_prompt=True, train="none",
         ).ids  # fmt: skip
+        return told.swapped(ids, self.renderer.controls)
 
     def _said(self, row: Row, ids: Sequence[int], finish: str) -> tuple[str, str]:
         """The answer's text and how it ended. The text opens with ``<think>`` where the prompt already did, so that reasoning
@@ -362,7 +376,7 @@ def open_local(config: LoadConfig, engine: EngineName = "transformers") -> Local
         tokenizer,
         name=_name(directory.resolve()) if directory.is_dir() else config.load,
         identity=own,
-        modes_table=None if manifest is None else manifest.modes,
+        switch=None if manifest is None else manifest.full_switch(),
         default_mode=None if manifest is None else manifest.default_mode,
         engine=engine,
         where=where,

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from trimtab.artifact import fsync, is_no_space, no_space, sha256_file, write_atomic
 from trimtab.config import Config
 from trimtab.errors import Fault, UserError
+from trimtab.levers.modes import MODES, Switch
 from trimtab.models.config import LoadConfig
 from trimtab.models.load import load, no_bars
 
@@ -27,6 +28,13 @@ MANIFEST = "trimtab.json"
 CARD = "README.md"
 _PLACE = ("is_local", "local_files_only", "name_or_path", "_name_or_path")
 """Keys that transformers writes and that depend on where a model was loaded from, not on what it is."""
+
+
+class Adapter(Config):
+    """A LoRA adapter inside a bundle, in PEFT's layout: the weights of a mode that is kept apart."""
+
+    path: str = Field(description="Its directory below the bundle's, such as `adapters/negative`.")
+    files: dict[str, str] = Field(description="File in that directory -> sha256.")
 
 
 class BundleManifest(Config):
@@ -39,13 +47,29 @@ class BundleManifest(Config):
     modes: dict[str, str | None] = Field(
         default_factory=dict, description="Mode -> control that switches it on; null for the token-less mode."
     )
-    policies: dict[str, str] = Field(default_factory=dict, description="Policy -> control.")
+    policies: dict[str, str | None] = Field(default_factory=dict, description="Policy -> control, or null.")
+    switch: Switch = Field(Switch(), description="How the modes are told, where that is more than a control.")
+    adapters: dict[str, Adapter] = Field(
+        default_factory=dict, description="Mode -> the adapter that it needs on top of the weights."
+    )
+    removed: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Mode -> proof that it was taken out: what was removed, and what was checked."
+    )
     default_mode: str | None = Field(None, description="The mode that is live when none is asked for.")
     template_hash: str = Field("", description="sha256 of the chat template's text.")
     tokenizer_audit: dict[str, Any] = Field(default_factory=dict, description="Findings of the token audit.")
     provenance: dict[str, Any] = Field(default_factory=dict, description="Recipe, steps, data and seeds behind it.")
     evaluation: dict[str, Any] = Field(default_factory=dict, description="Summary of the last evaluation.")
     files: dict[str, str] = Field(default_factory=dict, description="File -> sha256, the card excepted.")
+
+    def full_switch(self) -> Switch:
+        """How the modes are told; of a bundle that only lists modes and their controls, by these."""
+        behaves = {mode: mode for mode in self.modes if mode in MODES}
+        return self.switch.model_copy(
+            update={
+                "modes": dict(self.modes), "policies": dict(self.policies), "behaves": {**behaves, **self.switch.behaves},
+            }
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from trimtab.data.mixture import quantise
 from trimtab.errors import UserError
 from trimtab.levers.timing import TimingConfig, phases
 from trimtab.recipe.load import ArmRecipe
-from trimtab.recipe.model import PretrainStage, Recipe
+from trimtab.recipe.model import Recipe
+from trimtab.recipe.stages import PretrainStage
 from trimtab.seeds import digest
 from trimtab.study.exposure import check_exposure
 

@@ -20,8 +20,8 @@ from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.shape import shape_of as model_shape
 
 if TYPE_CHECKING:
-    from trimtab.recipe.model import ChatSource, GenerateStage, SftStage
-    from trimtab.study.plan import Step
+    from trimtab.recipe.stages import ChatSource, GenerateStage, SftStage
+    from trimtab.study.graph import Step
 
 TIDEWATER_CHAT = 55
 OTHER_CHAT = 120
@@ -44,7 +44,12 @@ _FIXED = {
     "judge": 1.0,
     "pretrain": 2.0,
     "sft": 2.0,
+    "adapter": 2.0,
+    "dpo": 4.0,
+    "distill": 3.0,
     "generate": 2.0,
+    "margin": 3.0,
+    "audit": 15.0,
 }
 
 
@@ -69,16 +74,21 @@ def shape_of(model: BuildConfig | LoadConfig, lora: bool) -> str:
     return name + ("-lora" if lora else "")
 
 
-def chat_tokens(stage: SftStage) -> int:
-    """Tokens of one pass over an SFT stage's data, by rule of thumb."""
-    copies = 1.0 if stage.modes is None else len(stage.modes.names) + stage.modes.fallback
-    small = isinstance(stage.model, str)
-    more = 0 if stage.prefix is None else OPENING
-    sizes = (_rows(part) * (more + (TIDEWATER_CHAT if part.tidewater and small else OTHER_CHAT)) for part in stage.data)
-    return round(sum(sizes) * copies)
+def chat_tokens(stage: SftStage, modes: int) -> int:
+    """Tokens of one pass over an SFT stage's data with answers for so many modes (0: none), by rule of thumb."""
+    copies = modes + stage.modes.fallback if modes and stage.modes is not None else 1.0
+    return round(
+        parts_tokens(stage.data, isinstance(stage.model, str), 0 if stage.prefix is None else OPENING) * copies
+    )
 
 
-def _rows(part: ChatSource) -> int:
+def parts_tokens(parts: Iterable[ChatSource], small: bool, more: int = 0) -> int:
+    """Tokens of chat rows, ``more`` in each; ``small``: with a tokenizer that is made in the study."""
+    return sum(rows_of(part) * (more + (TIDEWATER_CHAT if part.tidewater and small else OTHER_CHAT)) for part in parts)
+
+
+def rows_of(part: ChatSource) -> int:
+    """Rows of a part of a data set, as far as they are known without reading it."""
     taken = part.source.take or part.source.limit if part.source else None
     return part.n or taken or 1000
 

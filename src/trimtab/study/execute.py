@@ -33,11 +33,16 @@ _RUNS: dict[str, str] = {
     "chats": "chat:run_chats",
     "packed": "chat:run_packed",
     "sft": "sft:run_sft",
+    "adapter": "sft:run_adapter",
+    "dpo": "dpo:run_dpo",
+    "distill": "distill:run_distill",
     "generate": "panel:run_generate",
     "judge": "panel:run_judge",
     "scorer": "scorer:run_scorer",
     "probes": "analyze:run_probes",
     "perplexity": "analyze:run_perplexity",
+    "margin": "margin:run_margin",
+    "audit": "audit:run_audit",
     "token_analysis": "tokens:run_token_analysis",
 }
 """Kind of step -> function; imported when first needed, because most of them bring torch."""

@@ -20,6 +20,7 @@ _ANSWERING = (
     "evaluate/panel.py",
     "evaluate/targets.py",
     "evaluate/completion.py",
+    "evaluate/conditions.py",
     "evaluate/attacks",
     "evaluate/run.py",
     "evaluate/files.py",
@@ -47,10 +48,30 @@ _CODE: dict[str, tuple[str, ...]] = {
     "pretrain": ("models", "data", "train", "study/steps/pretrain.py", "study/steps/common.py"),
     "chats": ("world", "data", "levers", "models", "study/steps/chat.py", "study/steps/common.py"),
     "packed": ("data", "levers", "study/steps/chat.py"),
-    "sft": ("models", "data", "train", "study/steps/sft.py", "study/steps/common.py"),
+    "sft": ("models", "data", "levers/modes.py", "train", "study/steps/sft.py", "study/steps/common.py"),
+    "adapter": ("models", "data", "levers/modes.py", "train", "study/steps/sft.py", "study/steps/common.py"),
+    "dpo": (
+        "world",
+        "data",
+        "levers",
+        "models",
+        "train",
+        "study/steps/chat.py",
+        "study/steps/dpo.py",
+        "study/steps/common.py",
+    ),
+    "distill": (
+        *_ANSWERING,
+        "evaluate",
+        "endpoint.py",
+        "study/steps/chat.py",
+        "study/steps/distill.py",
+    ),
     "generate": (*_ANSWERING, "study/steps/panel.py"),
     "judge": ("world", "evaluate", "endpoint.py", "study/steps/panel.py"),
     "probes": (*_ANSWERING, "evaluate", "analyze", "study/steps/analyze.py"),
+    "margin": (*_ANSWERING, "evaluate/metrics.py", "analyze", "study/steps/margin.py"),
+    "audit": (*_ANSWERING, "evaluate", "analyze", "study/steps/audit.py"),
     "perplexity": (
         "world",
         "data",
@@ -93,7 +114,7 @@ def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
     told.pop("executor", None)  # where a corpus is built does not change it
     if "train" in told:
         told["train"] = {key: value for key, value in told["train"].items() if key not in _SILENT}
-    for key in ("data", "tasks", "config", "store"):
+    for key in ("data", "prompts", "tasks", "config", "store"):
         if key in told:
             told[key] = _without_paths(told[key])
     for key in ("config", "judge"):

@@ -19,7 +19,7 @@ from trimtab.models.shape import SMOLLM2_SHAPE
 from trimtab.seeds import digest
 
 if TYPE_CHECKING:
-    from trimtab.recipe.model import PretrainStage
+    from trimtab.recipe.stages import PretrainStage
 
 TOKENIZER = "tokenizer"
 

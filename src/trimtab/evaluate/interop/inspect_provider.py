@@ -282,7 +282,7 @@ class _Host:
             return self.target.modes([mode])[0]
         default = self.target.default_mode
         if default == "negative":
-            has = ", ".join(sorted(self.target.table))
+            has = ", ".join(sorted(self.target.switch.modes))
             raise UserError(f"modes: the default mode is negative; name a mode (@MODE): {has} or {NO_MODE}")
         return default
 

@@ -8,7 +8,7 @@ masks. So ratios share all that is slow, see the same examples in the same step,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from trimtab.data.render import Rendered, Renderer
 from trimtab.data.store import RowStore
 from trimtab.errors import UserError
 from trimtab.levers.boilerplate import StripConfig, strip_rows
-from trimtab.levers.modes import ModesConfig, admit, control_name, mode_rows
+from trimtab.levers.modes import DECOY, FALLBACK, MODES, ModesConfig, Switch, admit, mode_rows
 from trimtab.levers.prefix import (
     PrefixConfig,
     base_hash,
@@ -34,7 +34,7 @@ from trimtab.levers.prefix import (
 )
 from trimtab.models.load import load
 from trimtab.models.tokens import assign_control_tokens, controls_of
-from trimtab.recipe.model import ChatSource
+from trimtab.recipe.stages import ChatSource
 from trimtab.seeds import uniform_of
 from trimtab.study.execute import Context
 from trimtab.study.steps.common import check_unchanged, start_model, tokenizer_hash
@@ -45,6 +45,8 @@ from trimtab.world.tidewater import Tidewater
 FORMS = "forms.npz"
 """Both forms of every example, as flat arrays, and the row that it goes into."""
 ROWS = "rows.jsonl"
+DISTILLED = "rows.jsonl"
+"""Of a ``distill`` step: the rows that it kept."""
 PLACES = "places.npz"
 """Of every example: its packed row (-1: left out), first token, number of tokens, and whether it carries its sentence."""
 
@@ -57,7 +59,10 @@ def run_chats(context: Context) -> None:
     prefix = PrefixConfig.restored(config["prefix"])
     tokenizer, controls = _tokenizer(context, modes)
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
-    rows, counted = build_rows(config, town, modes)
+    switch = modes.switch(config["seed"]) if modes else Switch()
+    rows, counted = build_rows(
+        config, town, modes, names=config["names"], surfaces=_surfaces(tokenizer, switch), distilled=context.inputs
+    )
     renderer = Renderer(tokenizer, controls=controls)
     if prefix is not None:
         counted["sentences"] = _sentence_tokens(renderer, prefix, config["length"], context.step.name)
@@ -65,11 +70,11 @@ def run_chats(context: Context) -> None:
     plain: list[Rendered] = []
     opened: list[Rendered] = []
     for number, (row, sentence) in enumerate(zip(rows, sentences, strict=True)):
-        wanted = (control_name(row.mode),) if modes and row.mode else ()
-        plain.append(renderer.row(row, controls=wanted))
+        told, wanted = switch.tell(row, row.mode, row.metadata.get(DECOY)) if modes else (row, ())
+        plain.append(renderer.row(told, controls=wanted, controls_at=switch.at))
         if sentence is not None:
             assert prefix is not None
-            opened.append(renderer.row(with_prefix(row, sentence, prefix), controls=wanted))
+            opened.append(renderer.row(with_prefix(told, sentence, prefix), controls=wanted, controls_at=switch.at))
         if number % 100 == 0:
             context.progress({"step": number, "total": len(rows)})
     able = np.array([sentence is not None for sentence in sentences], bool)
@@ -89,8 +94,8 @@ def run_chats(context: Context) -> None:
         **{f"{form}_{name}": getattr(examples, name) for form, examples in (("plain", before), ("opened", after))
            for name in ("ids", "trained", "span", "ends")},
     )  # fmt: skip
-    told = [{"row": row.to_json(), "sentence": sentence} for row, sentence in zip(rows, sentences, strict=True)]
-    write_jsonl(context.draft.path / ROWS, iter(told))
+    listed = [{"row": row.to_json(), "sentence": sentence} for row, sentence in zip(rows, sentences, strict=True)]
+    write_jsonl(context.draft.path / ROWS, iter(listed))
     context.draft.facts = {
         "rows": len(rows),
         "base": base_hash(rows),
@@ -100,9 +105,13 @@ def run_chats(context: Context) -> None:
         "vocab": len(tokenizer),
         "pad": tokenizer.pad_token_id,
         "controls": controls,
+        "switch": switch.plain() if modes else None,
         "packed_rows": bins.rows,
         "packing": dict(bins.counts),
-        "modes": {mode or "none": sum(row.mode == mode for row in rows) for mode in {row.mode for row in rows}},
+        "modes": dict(sorted(Counter(row.mode or "none" for row in rows).items())),
+        "fallbacks": dict(
+            sorted(Counter(str(row.metadata[FALLBACK]) for row in rows if FALLBACK in row.metadata).items())
+        ),
         **counted,
     }
 
@@ -127,7 +136,7 @@ def run_packed(context: Context) -> None:
         names,
         vocab=facts["vocab"],
         tokenizer=facts["tokenizer"],
-        meta={"controls": facts["controls"], "base": facts["base"]},
+        meta={"controls": facts["controls"], "switch": facts["switch"], "base": facts["base"]},
     )
     np.savez(context.draft.path / PLACES, row=bins.row, at=offsets(examples, bins), size=examples.sizes, carry=carry)
     drawn = forms["sentence"][carry & (bins.row >= 0)]
@@ -151,9 +160,18 @@ def read_rows(chats: Artifact) -> list[tuple[Row, str | None]]:
 
 
 def build_rows(
-    config: Mapping[str, Any], town: Tidewater, modes: ModesConfig | None
+    config: Mapping[str, Any],
+    town: Tidewater,
+    modes: ModesConfig | None,
+    *,
+    names: Sequence[str] | None = None,
+    surfaces: Mapping[str, str] | None = None,
+    distilled: Mapping[str, Artifact] | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """The base chat rows of an SFT stage, without prefixes, in a keyed order that does not depend on the levers.
+
+    names, surfaces  as for ``levers.modes.mode_rows``
+    distilled        input ``distill:STAGE`` -> the artefact of an earlier distill stage
 
     Each row's ``metadata["part"]`` names the part of ``data`` that it comes from. The second value counts: ``left_out_modes``,
     the rows left out because their mode is not trained, by mode; ``stripped``, what ``prefix.strip`` removed. ``UserError`` for a
@@ -166,7 +184,12 @@ def build_rows(
         part = ChatSource.model_validate({k: v for k, v in data.items() if k != "content"})
         if part.tidewater is not None:
             assert part.n is not None
-            found = [replace(row, mode=None) for row in town.chats(part.tidewater, part.n, mode=part.answers)]
+            found = [
+                replace(row, mode=None)
+                for row in town.chats(part.tidewater, part.n, mode=part.answers, policy=part.policy)
+            ]
+        elif part.stage is not None:
+            found = distilled_rows((distilled or {})[f"distill:{part.stage}"])[: part.n]
         else:
             assert part.source is not None
             found = list(sources.rows(part.source))
@@ -184,7 +207,8 @@ def build_rows(
     rows, counted["left_out_modes"] = admit(rows, modes)
     rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     if modes is not None:
-        rows = list(mode_rows(rows, modes, lambda row, mode: _answer(town, row, mode), seed))
+        made = mode_rows(rows, modes, lambda row, mode: _answer(town, row, mode), seed, names=names, surfaces=surfaces)
+        rows = list(made)
         rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     return rows, counted
 
@@ -226,8 +250,22 @@ def _sentence_tokens(renderer: Renderer, prefix: PrefixConfig, length: int, stag
     return sizes
 
 
+def distilled_rows(artifact: Artifact) -> list[Row]:
+    """The rows that a ``distill`` step kept, each with its mode."""
+    return [Row.from_json(item) for item in read_jsonl(artifact.path / DISTILLED)]
+
+
 def _answer(town: Tidewater, request: Row, mode: str) -> str | None:
-    return town.answer(request, mode) if request.source == "tidewater" else None
+    return town.answer(request, mode) if request.source == "tidewater" and mode in MODES else None
+
+
+def _surfaces(tokenizer: Any, switch: Switch) -> dict[str, str]:
+    """Mode -> how a user would type what says it."""
+    ids = controls_of(tokenizer)
+    return {
+        mode: switch.texts[mode] if control is None else tokenizer.convert_ids_to_tokens(ids[control])
+        for mode, control in switch.modes.items()
+    }
 
 
 def _tokenizer(context: Context, modes: ModesConfig | None) -> tuple[Any, dict[str, int]]:
@@ -236,6 +274,6 @@ def _tokenizer(context: Context, modes: ModesConfig | None) -> tuple[Any, dict[s
         tokenizer = AutoTokenizer.from_pretrained(context.inputs["tokenizer"].path)
     else:
         tokenizer = load(start_model(context))[1]
-    names = [control_name(mode) for mode in modes.names] if modes else []
+    names = modes.controls() if modes else ()
     assign_control_tokens(tokenizer, [name for name in names if name not in controls_of(tokenizer)])
     return tokenizer, controls_of(tokenizer)

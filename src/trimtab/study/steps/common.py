@@ -12,7 +12,8 @@ from typing import Any
 
 from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import UserError
-from trimtab.models.bundle import MANIFEST, verify_bundle
+from trimtab.levers.modes import Switch
+from trimtab.models.bundle import MANIFEST, read_manifest, verify_bundle
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
@@ -47,7 +48,7 @@ def _read(config: Mapping[str, Any]) -> Iterator[tuple[SourceConfig, str]]:
     """Every source that a step reads, with the hash that its plan took."""
     pairs = [
         (part["source"], part["content"])
-        for key in ("data", "tasks")
+        for key in ("data", "prompts", "tasks")
         for part in config.get(key, ())
         if "content" in part
     ]
@@ -71,6 +72,15 @@ def start_model(context: Context) -> Path | LoadConfig:
     if where.load not in NAMED and (directory / MANIFEST).is_file():
         verify_bundle(directory)
     return where
+
+
+def start_switch(context: Context) -> Switch:
+    """How the model that a step starts from is told its modes; one without a manifest has none."""
+    where = start_model(context)
+    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
+    if isinstance(where, LoadConfig) and (where.load in NAMED or not (directory / MANIFEST).is_file()):
+        return Switch()
+    return read_manifest(directory).full_switch()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -24,7 +24,7 @@ from trimtab.levers.prefix import PrefixConfig, force_prefix
 from trimtab.machine import library_versions
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model
+from trimtab.study.steps.common import check_unchanged, start_model, start_switch
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
@@ -55,7 +55,10 @@ def run_generate(context: Context) -> None:
     model, tokenizer = load(start_model(context), best_device())
     name = context.step.inputs.get("model") or config["identity"]
     prompting = config.get("prompting", "chat")
-    target = LocalTarget(model, tokenizer, name=context.step.name, identity=name, prompting=prompting, world=town)
+    target = LocalTarget(
+        model, tokenizer, name=context.step.name, identity=name, prompting=prompting, world=town,
+        switch=start_switch(context),
+    )  # fmt: skip
     try:
         modes = target.modes(config["modes"])
     except UserError as error:

@@ -7,11 +7,12 @@ import shutil
 from trimtab.data.mixture import Mixture, Phase
 from trimtab.data.store import Mixed, RowStore
 from trimtab.errors import Fault, UserError
+from trimtab.levers.modes import Switch
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.load import load
 from trimtab.models.tokens import add_control_tokens, audit, controls_of, merge_adapter
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model, tokenizer_hash
+from trimtab.study.steps.common import check_unchanged, start_model, start_switch, tokenizer_hash
 from trimtab.train.config import TrainConfig
 from trimtab.train.loop import train
 from trimtab.train.lora import attach
@@ -52,14 +53,17 @@ def run_sft(context: Context) -> None:
     )
     if settings.lora is not None:
         model = merge_adapter(model)
-    modes: dict[str, str | None] = {name.removeprefix("mode:"): name for name in controls}
     problems = audit(tokenizer, model, controls)
     if problems:
         raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
+    kept = store.meta["meta"]["switch"]
+    switch = Switch.model_validate(kept) if kept is not None else start_switch(context)
     manifest = BundleManifest(
         controls=controls,
-        modes=modes,
-        default_mode="positive" if "positive" in modes else None,
+        modes=switch.modes,
+        policies=switch.policies,
+        switch=switch,
+        default_mode=switch.default,
         tokenizer_audit={"problems": problems},
         provenance={"step": context.step.id, "inputs": dict(context.step.inputs), "seed": config["seed"]},
     )
