@@ -74,7 +74,9 @@ def at_most(task: TaskConfig, limit: int | None) -> TaskConfig:
         take = min(limit, task.source.take)
         return task.model_copy(update={"source": task.source.model_copy(update={"take": take})})
     known = NAMED.get(task.source.name or "")  # a named set knows its rows without being fetched
-    there = known.rows if known and task.source.limit is None else sum(1 for _ in source_rows(task.source))
+    there = (
+        known.rows if known and known.rows and task.source.limit is None else sum(1 for _ in source_rows(task.source))
+    )
     return task if there <= limit else task.model_copy(update={"n": limit})
 
 
