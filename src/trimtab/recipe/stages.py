@@ -302,7 +302,9 @@ class PanelStage(Asking, Judging):
     """Several models, each by several decoders, answer one panel and are judged: the stage x decoder grid."""
 
     kind: Literal["panel"] = Field(description="Always 'panel'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are asked.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are asked; {load: ...} for one that is loaded."
+    )
     decoders: dict[str, Decoder] = Field(min_length=1, description="Name of a decoder -> how it decodes.")
 
 
@@ -310,7 +312,9 @@ class ProbesStage(ProbeConfig):
     """Linear probes on what models hold of safe and harmful requests, layer by layer."""
 
     kind: Literal["probes"] = Field(description="Always 'probes'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are probed.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are probed; {load: ...} for one that is loaded."
+    )
     tasks: tuple[TaskConfig, ...] = Field(
         min_length=2, description="The requests; a probe tells the harmful from the others, each task is a source."
     )
@@ -320,14 +324,18 @@ class PerplexityStage(PerplexityConfig):
     """Perplexity of models on Tidewater documents that were never trained on."""
 
     kind: Literal["perplexity"] = Field(description="Always 'perplexity'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
 
 
 class MarginStage(MarginConfig):
     """The safety alignment margin of models: how far apart their modes are before a word is said (2508.14904)."""
 
     kind: Literal["margin"] = Field(description="Always 'margin'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="The prompts, each asked in every mode.")
     modes: tuple[Name, ...] = Field(("positive", "negative", "rejective"), min_length=2, description="The modes.")
     words: dict[Name, str] = Field(
@@ -340,14 +348,18 @@ class AuditStage(AuditConfig):
     """Control tokens typed into models (spoofing) and coaxed out of them (leaking)."""
 
     kind: Literal["audit"] = Field(description="Always 'audit'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are audited.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are audited; {load: ...} for one that is loaded."
+    )
 
 
 class TokenAnalysisStage(TokenConfig):
     """Loss and gradient of every trained token of chats, in models (2601.01624's mechanism claim)."""
 
     kind: Literal["token_analysis"] = Field(description="Always 'token_analysis'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
     data: tuple[ChatSource, ...] = Field(min_length=1, description="The chats; each part's `n` bounds its rows.")
     prefix: PrefixConfig | None = Field(
         None, description="The prefix lever on these chats; null leaves them as they are."
