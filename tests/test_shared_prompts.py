@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 from tiny_training import VOCAB, config_of, log_of, tiny_model, weights
+from trimtab.cli import app
 from trimtab.data.mixture import Mixture, Phase
 from trimtab.data.pack import Bins, Examples, Packed, fill_rows, offsets
 from trimtab.data.store import Batch, Mixed, RowStore
 from trimtab.data.tree import Trees, answers_at, firsts, grow, tails
 from trimtab.errors import UserError
+from trimtab.models.build import build_model, train_tokenizer
+from trimtab.models.bundle import BundleManifest, save_bundle
+from trimtab.models.config import BuildConfig
+from trimtab.progress import JsonReporter
+from trimtab.recipe.load import resolve
+from trimtab.study.execute import execute
+from trimtab.study.plan import make_plan
+from trimtab.study.steps.chat import PLACES
+from trimtab.study.viewer import study_rows, trained_on
 from trimtab.train.loop import train
 from trimtab.train.loss import Micro, TrainedPositions, token_losses, tree_mask
 from trimtab.types import IGNORE, SPAN_ID
@@ -336,3 +348,107 @@ def test_the_loop_learns_the_modes_and_resumes_bit_for_bit(tmp_path: Path, accum
     result = train(again, data_of(tmp_path / "data"), settings, total_steps=30, seed=3, work=tmp_path / "cut")
     assert result.began_at == 20
     assert all(torch.equal(p, weights(whole)[name]) for name, p in weights(again).items())
+
+
+# -- a study -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    from trimtab.cli import data
+
+    if not any(group.name == "data" for group in app.registered_groups):
+        data.register(app)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=640, vocab=400, reserved=12)
+    tokenizer = train_tokenizer([f"Crate {n} holds salt and rope and 12 hooks." for n in range(50)], 400, reserved=12)
+    where = tmp_path_factory.mktemp("model") / "bundle"
+    save_bundle(where, build_model(shape, tokenizer, seed=3), tokenizer, BundleManifest())
+    return where
+
+
+def study_of(bundle: Path, **modes: Any) -> dict[str, Any]:
+    names = ["positive", "rejective", "negative"]
+    negative = {"acknowledge": True, "kept": "checkpoint"}
+    return {
+        "name": "shared",
+        "world": {"seed": 3, "goods": 8, "hazards": 8},
+        "stages": {
+            "tuned": {
+                "kind": "sft", "model": {"load": str(bundle)}, "length": 640, "epochs": 1,
+                "data": [
+                    {"name": "goods", "tidewater": "benign", "n": 12},
+                    {"name": "hazards", "tidewater": "harmful-seen", "n": 8},
+                ],
+                "modes": {"names": names, "at": "header", "fallback": 1.0, "negative": negative, **modes},
+                "train": {"rows_per_step": 4, "lr": 1.0e-3},
+            },
+        },
+        "arms": [{"name": "shared"}, {"name": "apart", "set": {"stages.tuned.modes.shared": False}}],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan, out = make_plan(*resolve(study_of(bundle, shared=True), "test")), tmp_path_factory.mktemp("runs") / "shared"
+    execute(plan, out, JsonReporter())
+    return out
+
+
+def test_a_study_trains_the_same_rows_shared_and_apart(study: Path) -> None:
+    rows: list[dict[str, list[Any]]] = []
+    facts = []
+    for arm in ("shared", "apart"):
+        data = trained_on(study, arm, None)
+        packed = data.packed.manifest["facts"]
+        assert packed["rows"] == 80 and packed["packing"]["examples"] == 80
+        rows.append({one.id: [one.tokens, one.span.tolist(), one.trained.tolist()] for one in study_rows(data)})
+        facts.append(packed)
+    assert rows[0] == rows[1] and len(rows[0]) == 80, "every example is shown as if it stood alone"
+    assert facts[0]["trained_tokens"] == facts[1]["trained_tokens"]
+    assert facts[0]["packing"]["tokens"] < 0.8 * facts[1]["packing"]["tokens"]
+    assert facts[0]["packing"]["trees"] >= 20 and "trees" not in facts[1]["packing"]
+    kinds = {row.metadata.get("fallback") for row, _ in trained_on(study, "shared", None).rows()}
+    assert kinds == {None, "none", "unknown", "typed"}
+
+
+def test_trees_hold_what_they_should(study: Path) -> None:
+    data = trained_on(study, "shared", None)
+    places = dict(np.load(data.packed.path / PLACES))
+    rows = [row for row, _ in data.rows()]
+    order = np.flatnonzero(places["row"] >= 0)[np.argsort(places["row"][places["row"] >= 0], kind="stable")]
+    skip = places["skip"][order]
+    tree = np.cumsum(skip == 0)
+    for number in set(tree.tolist()):
+        mine = [rows[i] for i in np.flatnonzero(tree == number)]
+        assert len({row.messages[:-1] and row.messages[0]["content"] for row in mine}) == 1
+        kinds = [row.metadata.get("fallback") for row in mine]
+        assert kinds.count("none") <= 1 and "none" not in kinds[1:] and ("typed" not in kinds or len(kinds) == 1)
+    assert Counter(np.bincount(tree)[1:].tolist())[4] >= 1, "some prompt has three modes and a fallback in one tree"
+
+
+def test_the_viewer_says_where_the_prompt_is(study: Path) -> None:
+    def shown(*more: str) -> str:
+        result = CliRunner().invoke(app, ["data", "show", str(study), *more], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    row = next(row.id for row, _ in trained_on(study, "shared", None).rows() if row.mode == "rejective")
+    shared, apart = (shown("--arm", arm, "--row", row) for arm in ("shared", "apart"))
+    assert "stands once in the row, for all its answers" in shared and "stands once" not in apart
+    spans = [
+        [line.split("tokens", 1)[-1] for line in text.splitlines() if "masked" in line] for text in (shared, apart)
+    ]
+    assert spans[0][1:] == spans[1][1:]
+
+
+def test_shared_prompts_that_no_row_can_hold_and_the_prefix_lever_are_refused(bundle: Path) -> None:
+    config = study_of(bundle, shared=True)
+    config["stages"]["tuned"]["prefix"] = {"ratio": 0.5, "capability": "safety"}
+    with pytest.raises(UserError, match="'modes.shared' and 'prefix' do not go together"):
+        resolve(config, "test")
+    with pytest.raises(UserError, match="'shared' needs 'at: header'"):
+        resolve(study_of(bundle, shared=True, at="system"), "test")
