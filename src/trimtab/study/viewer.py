@@ -112,12 +112,16 @@ def study_rows(data: TrainedOn) -> Iterator[ShownRow]:
     for number, (index, (base, sentence)) in enumerate(zip(order, told, strict=True), 1):
         row, at, size = (int(places[key][index]) for key in ("row", "at", "size"))
         batch = rows.take(np.array([row]))
-        part = slice(at, at + size)
+        part = np.arange(at, at + size)
         source = rows.sources[int(batch.source_id[0, at])]
         about = (
             f"{data.arm}, stage {data.stage}, part {source}; example {number} of {len(order)}, packed row {row}; "
             + (f"opens with {sentence!r}" if sentence else "no prefix")
         )
+        if "skip" in places and (skip := int(places["skip"][index])):
+            prompt = int(places["prompt"][index])
+            part = np.concatenate([np.arange(prompt, prompt + skip), part])
+            about += f"; its prompt ({skip} tokens) stands once in the row, for all its answers"
         ids, span, trained = batch.input_ids[0, part], batch.span_id[0, part], batch.labels[0, part] != IGNORE
         yield _shown(base.id, about, tokenizer, ids, span, trained)
 
