@@ -155,7 +155,10 @@ class SftStage(Config):
 
 
 class DpoStage(Config):
-    """Direct preference optimisation through TRL (extra `dpo`): the baseline that the mode lever is compared with."""
+    """Direct preference optimisation through TRL (extra `dpo`): the baseline that the mode lever is compared with.
+
+    A killed step starts anew: TRL's training has no checkpoints here.
+    """
 
     kind: Literal["dpo"] = Field(description="Always 'dpo'.")
     model: ModelRef = Field(
@@ -185,6 +188,13 @@ class DpoStage(Config):
             )
         if self.train.gradients_by != "none" or self.train.schedule == "wsd":
             raise ValueError("train: TRL has neither 'gradients_by' nor 'schedule: wsd'; leave them out")
+        if self.train.tracker is not None:
+            raise ValueError("train.tracker: this stage writes its log as JSON lines alone; leave it out")
+        if self.train.lora is not None and self.train.lora.dropout:
+            raise ValueError("train.lora.dropout: likelihoods are compared without dropout; set it to 0")
+        for part in self.data:
+            if part.answers != "positive":
+                raise ValueError(f"data {part.name!r}: a pair has both answers; leave 'answers' out")
         return self
 
 

@@ -59,7 +59,7 @@ def train_flops(model: BuildConfig | LoadConfig, sequence: int) -> float:
     return shape.train_flops_per_token(sequence) if shape else 0.0
 
 
-def generate_flops(model: BuildConfig | LoadConfig, context: int = 128) -> float:
+def generate_flops(model: BuildConfig | LoadConfig, context: float = 128) -> float:
     """FLOPs per generated token, or 0 where the shape is not known without a network."""
     shape = model_shape(model)
     return shape.generate_flops_per_token(context) if shape else 0.0

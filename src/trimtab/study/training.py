@@ -198,7 +198,10 @@ class Training(Building):
         shape = self.shape(stage.model)
         self.shapes[name], self.spelt[name] = shape, self.spelling(stage.model)
         self.openings[name] = self.openings.get(stage.model) if isinstance(stage.model, str) else None
-        tokens = round(2 * estimate.parts_tokens(stage.data, isinstance(stage.model, str)) * stage.epochs)
+        once = 2 * estimate.parts_tokens(stage.data, isinstance(stage.model, str))
+        tokens = round(once * stage.epochs)
+        # The reference reads every pair, once.
+        read = min(once, tokens) * estimate.generate_flops(shape, stage.length / 2)
         config = {
             "world": self.recipe.world.plain(),
             "data": self.rows(f"stages.{name}.data", stage.data, "train"),
@@ -212,8 +215,7 @@ class Training(Building):
             config | model_config,
             inputs | self.distilled(name, stage.data),
             tokens=tokens,
-            # The reference model reads every pair too.
-            flops=tokens * (estimate.train_flops(shape, stage.length) + estimate.generate_flops(shape, stage.length)),
+            flops=tokens * estimate.train_flops(shape, stage.length) + read,
             shape=estimate.shape_of(shape, stage.train.lora is not None),
         )
 

@@ -213,11 +213,7 @@ def build_rows(
         elif part.stage is not None:
             found = distilled_rows((distilled or {})[f"distill:{part.stage}"])[: part.n]
         else:
-            assert part.source is not None
-            found = list(sources.rows(part.source))
-            if part.n is not None and part.n > len(found):
-                raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
-            found = found[: part.n]
+            found = source_rows(part)
         rows += [replace(row, metadata={**row.metadata, "part": part.name}) for row in found]
     counted: dict[str, Any] = {}
     strip = (config["prefix"] or {}).get("strip")
@@ -270,6 +266,15 @@ def _sentence_tokens(renderer: Renderer, prefix: PrefixConfig, length: int, stag
                 "shorten the sentence"
             )
     return sizes
+
+
+def source_rows(part: ChatSource) -> list[Row]:
+    """The first ``n`` rows of a part's source; ``UserError`` where there are fewer."""
+    assert part.source is not None
+    found = list(sources.rows(part.source))
+    if part.n is not None and part.n > len(found):
+        raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
+    return found[: part.n]
 
 
 def distilled_rows(artifact: Artifact) -> list[Row]:

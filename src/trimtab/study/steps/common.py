@@ -1,4 +1,5 @@
-"""What several steps share: the model that a step starts from, and the check that nothing moved since the plan.
+"""What several steps share: the model that a step starts from, the check that nothing moved since the plan, the bundle that
+a tuning leaves, and what a training cost.
 
 A step's name holds a hash of every file it reads. The hash is taken when the study is planned, the files are read when
 the step runs, perhaps hours later; a step that did not look again could do its work under a name that lies.
@@ -6,17 +7,20 @@ the step runs, perhaps hours later; a step that did not look again could do its 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trimtab.data.sources import SourceConfig, source_identity
-from trimtab.errors import UserError
+from trimtab.errors import Fault, UserError
 from trimtab.levers.modes import Switch
-from trimtab.models.bundle import MANIFEST, read_manifest, verify_bundle
+from trimtab.machine import Peak
+from trimtab.models.bundle import MANIFEST, BundleManifest, read_manifest, save_bundle, verify_bundle
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
+from trimtab.models.tokens import audit
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
 from trimtab.study.stored import store_identity
@@ -86,3 +90,69 @@ def start_switch(context: Context) -> Switch:
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hash of what a tokenizer does: vocabulary, merges, added tokens."""
     return digest(tokenizer.backend_tokenizer.to_str())
+
+
+def check_length(context: Context, model: Any, length: int) -> None:
+    """``UserError`` where rows are longer than the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(f"stage {context.step.name!r}: length ({length}) is more than the model's context ({limit})")
+
+
+def carried_switch(context: Context) -> Switch:
+    """How a model that is tuned further is told its modes: as the one that it started from, without the modes of which only
+    an adapter knew."""
+    switch, where = start_switch(context), start_model(context)
+    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
+    if not switch.modes:
+        return switch
+    apart = read_manifest(directory).adapters
+    return switch.model_copy(
+        update={name: {mode: told for mode, told in getattr(switch, name).items() if mode not in apart}
+                for name in ("modes", "behaves", "texts")}
+    )  # fmt: skip
+
+
+def save_tuned(context: Context, model: Any, tokenizer: Any, controls: Mapping[str, int], switch: Switch) -> None:
+    """Leave a tuned model as the bundle ``model/``, and the training's log; ``Fault`` for a control token that does not work."""
+    problems = audit(tokenizer, model, controls)
+    if problems:
+        raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
+    manifest = BundleManifest(
+        controls=dict(controls),
+        modes=switch.modes,
+        policies=switch.policies,
+        switch=switch,
+        default_mode=switch.default,
+        tokenizer_audit={"problems": problems},
+        provenance={
+            "step": context.step.id,
+            "inputs": dict(context.step.inputs),
+            "seed": context.step.config["seed"],
+        },
+    )
+    save_bundle(context.draft.path / "model", model, tokenizer, manifest)
+    shutil.copyfile(context.work / "log.jsonl", context.draft.path / "log.jsonl")
+
+
+def cost_of(
+    context: Context, *, tokens: int, trained_tokens: int, steps: int, seconds: float, peak: Peak, read: int = 0
+) -> dict[str, Any]:
+    """``facts["cost"]`` of a training step, alike for every kind, so that arms can be compared.
+
+    tokens   that went through the model in training, padding included; ``read``: that were only read, by a reference
+    seconds  of the training alone: nothing is loaded, rendered or saved in them
+
+    ``flops`` are the plan's, for the tokens really seen (0 where the model's shape is not known); ``peak_bytes`` is null where
+    the system does not tell; ``models`` are those held in memory while training.
+    """
+    step = context.step
+    return {
+        "tokens": tokens + read,
+        "trained_tokens": trained_tokens,
+        "steps": steps,
+        "flops": step.flops * tokens / step.tokens if step.tokens else 0.0,
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak.bytes,
+        "models": 1,
+    }

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-
 from trimtab.data.mixture import Mixture, Phase
 from trimtab.data.store import Mixed, RowStore
-from trimtab.errors import Fault, UserError
+from trimtab.errors import UserError
 from trimtab.levers.modes import Switch
-from trimtab.models.bundle import BundleManifest, save_bundle
+from trimtab.machine import peak_memory
 from trimtab.models.load import load
-from trimtab.models.tokens import add_control_tokens, audit, controls_of, merge_adapter
+from trimtab.models.tokens import add_control_tokens, controls_of, merge_adapter
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model, start_switch, tokenizer_hash
+from trimtab.study.steps.common import (
+    carried_switch,
+    check_length,
+    check_unchanged,
+    cost_of,
+    save_tuned,
+    start_model,
+    tokenizer_hash,
+)
 from trimtab.train.config import TrainConfig
+from trimtab.train.log import seconds_of
 from trimtab.train.loop import train
 from trimtab.train.lora import attach
 
@@ -33,42 +40,39 @@ def run_sft(context: Context) -> None:
     assert controls_of(tokenizer) == controls, "the control tokens of the data and of the model differ"
     if tokenizer_hash(tokenizer) != store.meta["tokenizer"]:
         raise UserError(f"stage {context.step.name!r}: the chats were rendered with another tokenizer than the model's")
-    limit = getattr(model.config, "max_position_embeddings", store.length)
-    if store.length > limit:
-        raise UserError(
-            f"stage {context.step.name!r}: length ({store.length}) is more than the model's context ({limit})"
-        )
+    check_length(context, model, store.length)
     if settings.lora is not None:
         model = attach(model, settings.lora, list(controls.values()), seed=config["seed"])
     mixture = Mixture({"chats": len(store)}, [Phase(0, {"chats": 1.0})], seed=config["seed"])
     total = max(1, round(len(store) * config["epochs"] / settings.rows_per_step))
-    result = train(
-        model,
-        Mixed({"chats": store}, mixture),
-        settings,
-        total_steps=total,
-        seed=config["seed"],
-        work=context.work,
-        progress=context.progress,
-    )
+    with peak_memory() as peak:
+        result = train(
+            model,
+            Mixed({"chats": store}, mixture),
+            settings,
+            total_steps=total,
+            seed=config["seed"],
+            work=context.work,
+            progress=context.progress,
+        )
     if settings.lora is not None:
         model = merge_adapter(model)
-    problems = audit(tokenizer, model, controls)
-    if problems:
-        raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
     kept = store.meta["meta"]["switch"]
-    switch = Switch.model_validate(kept) if kept is not None else start_switch(context)
-    manifest = BundleManifest(
-        controls=controls,
-        modes=switch.modes,
-        policies=switch.policies,
-        switch=switch,
-        default_mode=switch.default,
-        tokenizer_audit={"problems": problems},
-        provenance={"step": context.step.id, "inputs": dict(context.step.inputs), "seed": config["seed"]},
-    )
-    draft = context.draft
-    save_bundle(draft.path / "model", model, tokenizer, manifest)
-    shutil.copyfile(context.work / "log.jsonl", draft.path / "log.jsonl")
-    draft.tokens = total * settings.rows_per_step * store.length
-    draft.facts = {"shape": context.step.shape, "steps": total, "rows": len(store), "resumed": result.began_at > 0}
+    switch = Switch.model_validate(kept) if kept is not None else carried_switch(context)
+    save_tuned(context, model, tokenizer, controls, switch)
+    draft, rows = context.draft, total * settings.rows_per_step
+    draft.tokens = rows * store.length
+    draft.facts = {
+        "shape": context.step.shape,
+        "steps": total,
+        "rows": len(store),
+        "resumed": result.began_at > 0,
+        "cost": cost_of(
+            context,
+            tokens=draft.tokens,
+            trained_tokens=round(store.meta["trained_tokens"] * rows / len(store)),
+            steps=total,
+            seconds=seconds_of(context.work),
+            peak=peak,
+        ),
+    }
