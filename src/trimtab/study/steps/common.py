@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import UserError
 from trimtab.levers.modes import Switch
-from trimtab.models.bundle import MANIFEST, read_manifest, verify_bundle
+from trimtab.models.bundle import MANIFEST, BundleManifest, adapters_of, read_manifest, verify_bundle
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
@@ -67,20 +67,36 @@ def start_model(context: Context) -> Path | LoadConfig:
     source = context.inputs.get("model")
     if source is not None:
         return source.path / "model"
-    where = LoadConfig.model_validate(context.step.config["load"])
-    directory = Path(where.load).expanduser()
-    if where.load not in NAMED and (directory / MANIFEST).is_file():
+    directory = _bundle(context)
+    if directory is not None:
         verify_bundle(directory)
-    return where
+    return LoadConfig.model_validate(context.step.config["load"])
+
+
+def start_manifest(context: Context) -> BundleManifest | None:
+    """The manifest of the model that a step starts from; None for one that is no bundle."""
+    directory = _bundle(context)
+    return None if directory is None else read_manifest(directory)
 
 
 def start_switch(context: Context) -> Switch:
     """How the model that a step starts from is told its modes; one without a manifest has none."""
-    where = start_model(context)
-    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if isinstance(where, LoadConfig) and (where.load in NAMED or not (directory / MANIFEST).is_file()):
-        return Switch()
-    return read_manifest(directory).full_switch()
+    manifest = start_manifest(context)
+    return Switch() if manifest is None else manifest.full_switch()
+
+
+def start_adapters(context: Context) -> dict[str, Path]:
+    """Mode -> the adapter of the model that a step starts from, for the modes that are kept apart."""
+    directory = _bundle(context)
+    return {} if directory is None else adapters_of(directory)
+
+
+def _bundle(context: Context) -> Path | None:
+    """The directory of the model that a step starts from, if it is a bundle."""
+    source = context.inputs.get("model")
+    where = context.step.config["load"]["load"] if source is None else ""
+    directory = Path(where).expanduser() if source is None else source.path / "model"
+    return None if where in NAMED or not (directory / MANIFEST).is_file() else directory
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
