@@ -20,7 +20,7 @@ from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
 from trimtab.evaluate.conditions import CONDITIONS, Conditions, Told
 from trimtab.generate.config import Sampling
-from trimtab.levers.modes import Switch
+from trimtab.levers.modes import Slot, Switch
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row
@@ -118,6 +118,7 @@ class WhiteBox:
     tokenizer: Any
     renderer: Renderer
     controls: tuple[str, ...] = ()
+    controls_at: Slot = "system"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Served:
     tokenizer: Any
     renderer: Renderer
     controls: tuple[str, ...] = ()
+    controls_at: Slot = "system"
     why: str = "needs the engine 'transformers'; vLLM gives none"
 
     @property
@@ -325,7 +327,9 @@ class LocalTarget(Target):
         able = [a for a in asked if a.ending is None]
         total = len(able) * sampling.samples
         finished = tokens = 0
-        for state in dict.fromkeys(self.adapted.state(a.mode) for a in able):  # one switch for each adapter, not for each mode
+        for state in dict.fromkeys(
+            self.adapted.state(a.mode) for a in able
+        ):  # one switch for each adapter, not for each mode
             mine = [a for a in able if self.adapted.state(a.mode) == state]
             known = {(a.key, s) for a in mine for s in range(sampling.samples) if a.answer_key(s) in done}
             told = _Onward(progress, total, finished, tokens)
@@ -350,7 +354,7 @@ class LocalTarget(Target):
 
     def context(self, world: Tidewater | None, seed: int, mode: str | None) -> AttackContext:
         ids = self.renderer.controls
-        known = (self.tokenizer, self.renderer, self.controls(mode))
+        known = (self.tokenizer, self.renderer, self.controls(mode), self.switch.at)
         box = Served(*known) if self.served else WhiteBox(self.model, *known)
         if self.prompting == "completion":
             box = Served(*known, why="is made through the chat template; completion prompting has none")

@@ -224,7 +224,9 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         return {
-            "lora_request": LoRARequest(self._mode, 1 + list(self.adapters).index(self._mode), str(self.adapters[self._mode]))
+            "lora_request": LoRARequest(
+                self._mode, 1 + list(self.adapters).index(self._mode), str(self.adapters[self._mode])
+            )
         }
 
     def _output(self, prompt: Prompt, index: int, sample: int, said: Any) -> Output:

@@ -148,7 +148,9 @@ def without_mode(bundle: Path | str, mode: str, out: Path | str) -> Removed:
             "only training again with 'negative.kept: adapter' does"
         )
     if TRAINED not in old.provenance:
-        raise UserError(f"--without {mode}: {source / MANIFEST} does not say what the weights were trained on ({TRAINED})")
+        raise UserError(
+            f"--without {mode}: {source / MANIFEST} does not say what the weights were trained on ({TRAINED})"
+        )
     control = old.modes[mode]
     weights = {name: digest for name, digest in old.files.items() if name.endswith(WEIGHTS)}
     switch = old.full_switch().without(mode)
@@ -207,3 +209,21 @@ def _unmeasured(evaluation: Mapping[str, Any], mode: str) -> dict[str, Any]:
     if FIGURES in told:
         told[FIGURES] = [figure for figure in told[FIGURES] if figure["mode"] != mode]
     return told
+
+
+def told(out: Path, mode: str, proof: Removed) -> str:
+    """A proof in a few lines."""
+    gone = [f"  removed  {name}  sha256 {digest}" for name, digest in proof.files.items()]
+    same = [f"  as it was  {name}  sha256 {digest}" for name, digest in proof.weights.items()]
+    modes = ", ".join(proof.trained_modes) or "no mode"
+    token = (
+        "" if proof.id is None else f"; token {proof.id} ({proof.surface}) means nothing now, and the template lacks it"
+    )
+    return "\n".join(
+        [
+            f"{out}: the bundle without mode {mode!r}, verified",
+            *gone,
+            *same,
+            f"  trained on {modes}{token}; the audit of the other controls is clean",
+        ]
+    )

@@ -107,7 +107,11 @@ class Bundle:
 
 
 def save_bundle(
-    directory: Path | str, model: Any, tokenizer: Any, manifest: BundleManifest, adapters: Mapping[str, Path] | None = None
+    directory: Path | str,
+    model: Any,
+    tokenizer: Any,
+    manifest: BundleManifest,
+    adapters: Mapping[str, Path] | None = None,
 ) -> BundleManifest:
     """Write a bundle, whole or not at all; returns the manifest as written.
 
@@ -160,7 +164,9 @@ def seal(draft: Path, name: str, manifest: BundleManifest) -> BundleManifest:
     returns the manifest as written. ``UserError`` if something does not fit."""
     files = {p.name: sha256_file(p) for p in sorted(draft.iterdir()) if p.is_file() and p.name not in (MANIFEST, CARD)}
     adapters = {
-        where.name: Adapter(path=f"{ADAPTERS}/{where.name}", files={p.name: sha256_file(p) for p in sorted(where.iterdir())})
+        where.name: Adapter(
+            path=f"{ADAPTERS}/{where.name}", files={p.name: sha256_file(p) for p in sorted(where.iterdir())}
+        )
         for where in sorted((draft / ADAPTERS).glob("*"))
     }
     found = {"template_hash": template_hash(draft), "files": files, "adapters": adapters}
@@ -194,7 +200,9 @@ def copy_adapter(source: Path, into: Path) -> None:
             raise UserError(f"{source / name} is missing: {source} is not an adapter in PEFT's layout")
         shutil.copyfile(source / name, into / name)
     settings = into / ADAPTER_FILES[0]
-    plain = {key: sorted(v) if key == "target_modules" and isinstance(v, list) else v for key, v in _json(settings).items()}
+    plain = {
+        key: sorted(v) if key == "target_modules" and isinstance(v, list) else v for key, v in _json(settings).items()
+    }
     plain["base_model_name_or_path"] = None  # it lies in the directory of its base
     settings.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -237,7 +245,9 @@ def verify_bundle(directory: Path | str) -> BundleManifest:
     for mode in manifest.removed:
         problem = removal_problem(where, manifest, mode)
         if problem is not None:
-            raise Fault(f"{where}: mode {mode!r} is said to be taken out, but {problem}; make or fetch the bundle again")
+            raise Fault(
+                f"{where}: mode {mode!r} is said to be taken out, but {problem}; make or fetch the bundle again"
+            )
     return manifest
 
 
@@ -327,7 +337,9 @@ def removal_problem(directory: Path, manifest: BundleManifest, mode: str) -> str
     gone, listed = {digest for name, digest in proof.files.items() if name.endswith(WEIGHTS)}, _listed(manifest)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and ((path.name in ADAPTER_FILES and name not in listed) or _digest(path, name, listed) in gone):
+        if path.is_file() and (
+            (path.name in ADAPTER_FILES and name not in listed) or _digest(path, name, listed) in gone
+        ):
             return f"{name} is of an adapter that is not listed"
     return None
 

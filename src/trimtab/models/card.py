@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from trimtab.models.bundle import BundleManifest
 
 FIGURES = "figures"
-"""In ``BundleManifest.evaluation``: a list of figures, each with metric, task, mode, value, low, high and n."""
+"""In ``BundleManifest.evaluation``: a list of figures, each with metric, judged (the stage), task, mode, value, low, high,
+interval and n."""
 _TOKENS = {
     "reserved": "a reserved id of the vocabulary, which no text can spell",
     "string": "a random string in the system message, which any user can type",
@@ -78,10 +79,19 @@ def _evaluation(told: dict[str, Any]) -> Iterator[str]:
         yield from ("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in sorted(plain.items())))
     figures = told.get(FIGURES, ())
     if figures:
-        yield from ("", "| figure | task | mode | value | 95 % interval | n |", "|---|---|---|---|---|---|")
+        yield from (
+            "",
+            "| figure | judged | task | mode | value | 95 % interval | n |",
+            "|---|---|---|---|---|---|---|",
+        )
     for one in figures:
-        where = f"{one['value']:.3f} | {one['low']:.3f} to {one['high']:.3f} | {one['n']}"
-        yield f"| {one['metric']} | {one['task'] or 'all'} | {one['mode'] or 'none'} | {where} |"
+        where = f"{one['judged']} | {one['task'] or 'all'} | {one['mode'] or 'none'}"
+        yield f"| {one['metric']} | {where} | {one['value']:.3f} | {_between(one)} | {one['n']} |"
+
+
+def _between(figure: dict[str, Any]) -> str:
+    low, high = figure["low"], figure["high"]
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
 def _sizes(directory: Path) -> Iterator[int]:

@@ -6,7 +6,6 @@ named set, rows are rendered for a tokenizer now, through the lever that is aske
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from trimtab.errors import UserError
 from trimtab.levers.boilerplate import strip_rows
 from trimtab.levers.prefix import PrefixConfig, apply_prefix, trained_with_prefix
 from trimtab.models.load import load_tokenizer
-from trimtab.study.execute import STUDY, study_store
+from trimtab.study.execute import study_store
+from trimtab.study.shipping import read_study
 from trimtab.study.steps.chat import PLACES, read_rows
 from trimtab.types import IGNORE, SPANS, Row
 
@@ -76,10 +76,7 @@ def trained_on(directory: Path, arm: str | None, stage: str | None, prefixed: bo
 
     ``UserError`` for a directory that is no study, and for an arm or a stage that it does not have (with those it has).
     """
-    path = directory / STUDY
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {directory} is not a study's directory; `trimtab run` makes one")
-    study = json.loads(path.read_text(encoding="utf-8"))
+    study = read_study(directory)
     steps, store = study["steps"], study_store(directory)
     arms = [one for one in study["arms"] if arm is None or arm in (one["id"], one["label"])]
     if not arms:

@@ -2,7 +2,8 @@
 
 Inspect finds this module through its entry point group. Calls that wait at the same time are answered together on one
 ``Engine`` by a worker thread, and all modes of a bundle share that engine, so two modes cost one model and fill one
-batch (but for a mode that is kept apart: its adapter is put on for a batch of its own). Prompts go through the token-safe renderer: what it refuses is an error of that sample, never an answer.
+batch (but for a mode that is kept apart: its adapter is put on for a batch of its own). Prompts go through the
+token-safe renderer: what it refuses is an error of that sample, never an answer.
 
 Trade-offs: a stop string is looked for once the answer is whole (its tokens are counted and paid for), and the default
 is greedy, so that an evaluation is the same tomorrow. Sampled answers depend on (seed, sample id, epoch, messages) and
