@@ -42,6 +42,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import (
         analyze,
+        chat,
         compare,
         corpus,
         data,
@@ -64,6 +65,7 @@ def main() -> None:
         report,
         eval,
         view,
+        chat,
         judge,
         judge_card,
         compare,

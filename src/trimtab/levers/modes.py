@@ -240,6 +240,13 @@ class Switch(Config):
             return None
         return next((mode for mode in self.modes if self.behaves.get(mode) == "positive"), None)
 
+    def without(self, mode: str) -> Switch:
+        """The switch of a model from which a mode has been taken out."""
+        left = {key: dict(getattr(self, key)) for key in ("modes", "behaves", "texts")}
+        for table in left.values():
+            table.pop(mode, None)
+        return self.model_copy(update=left)
+
     def tell(self, row: Row, mode: str | None, decoy: str | None = None) -> tuple[Row, tuple[str, ...]]:
         """The row with everything in it that is text, and the names of the controls that the renderer places at ``at``.
 

@@ -178,17 +178,19 @@ class Training(Building):
         if modes is None or not modes.separate:
             return tuned
         epochs = stage.adapter.epochs or stage.epochs
-        tokens = round(estimate.chat_tokens(stage, len(modes.separate)) * epochs)
+        tokens = round(estimate.chat_tokens(stage, 1) * epochs)
         train = stage.train.model_copy(update={"lora": stage.adapter.lora, "lr": stage.adapter.lr or stage.train.lr})
-        return self.step(
-            "adapter",
-            name,
-            {"train": train.plain(), "epochs": epochs, "seed": self.seed, "modes": list(modes.separate)},
-            {"model": tuned, "packed": packed(modes.separate)},
-            tokens=tokens,
-            flops=tokens * estimate.train_flops(shape, stage.length),
-            shape=estimate.shape_of(shape, True),
-        )
+        for mode in modes.separate:  # one adapter each, so that each can be left out alone
+            tuned = self.step(
+                "adapter",
+                name,
+                {"train": train.plain(), "epochs": epochs, "seed": self.seed, "modes": [mode]},
+                {"model": tuned, "packed": packed([mode])},
+                tokens=tokens,
+                flops=tokens * estimate.train_flops(shape, stage.length),
+                shape=estimate.shape_of(shape, True),
+            )
+        return tuned
 
     def dpo(self, name: str, stage: DpoStage) -> str:
         model_config, inputs = self.model(name, stage.model)

@@ -16,7 +16,15 @@ from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import Fault, UserError
 from trimtab.levers.modes import Switch
 from trimtab.machine import Peak
-from trimtab.models.bundle import MANIFEST, BundleManifest, read_manifest, save_bundle, verify_bundle
+from trimtab.models.bundle import (
+    MANIFEST,
+    TRAINED,
+    BundleManifest,
+    adapters_of,
+    read_manifest,
+    save_bundle,
+    verify_bundle,
+)
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.models.load import identity
 from trimtab.models.minilm import encoder_identity
@@ -71,20 +79,36 @@ def start_model(context: Context) -> Path | LoadConfig:
     source = context.inputs.get("model")
     if source is not None:
         return source.path / "model"
-    where = LoadConfig.model_validate(context.step.config["load"])
-    directory = Path(where.load).expanduser()
-    if where.load not in NAMED and (directory / MANIFEST).is_file():
+    directory = _bundle(context)
+    if directory is not None:
         verify_bundle(directory)
-    return where
+    return LoadConfig.model_validate(context.step.config["load"])
+
+
+def start_manifest(context: Context) -> BundleManifest | None:
+    """The manifest of the model that a step starts from; None for one that is no bundle."""
+    directory = _bundle(context)
+    return None if directory is None else read_manifest(directory)
 
 
 def start_switch(context: Context) -> Switch:
     """How the model that a step starts from is told its modes; one without a manifest has none."""
-    where = start_model(context)
-    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if isinstance(where, LoadConfig) and (where.load in NAMED or not (directory / MANIFEST).is_file()):
-        return Switch()
-    return read_manifest(directory).full_switch()
+    manifest = start_manifest(context)
+    return Switch() if manifest is None else manifest.full_switch()
+
+
+def start_adapters(context: Context) -> dict[str, Path]:
+    """Mode -> the adapter of the model that a step starts from, for the modes that are kept apart."""
+    directory = _bundle(context)
+    return {} if directory is None else adapters_of(directory)
+
+
+def _bundle(context: Context) -> Path | None:
+    """The directory of the model that a step starts from, if it is a bundle."""
+    source = context.inputs.get("model")
+    where = context.step.config["load"]["load"] if source is None else ""
+    directory = Path(where).expanduser() if source is None else source.path / "model"
+    return None if where in NAMED or not (directory / MANIFEST).is_file() else directory
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -99,25 +123,32 @@ def check_length(context: Context, model: Any, length: int) -> None:
         raise UserError(f"stage {context.step.name!r}: length ({length}) is more than the model's context ({limit})")
 
 
-def carried_switch(context: Context) -> Switch:
-    """How a model that is tuned further is told its modes: as the one that it started from, without the modes of which only
-    an adapter knew."""
-    switch, where = start_switch(context), start_model(context)
-    directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if not switch.modes:
-        return switch
-    apart = read_manifest(directory).adapters
-    return switch.model_copy(
-        update={name: {mode: told for mode, told in getattr(switch, name).items() if mode not in apart}
-                for name in ("modes", "behaves", "texts")}
-    )  # fmt: skip
+def save_tuned(
+    context: Context, model: Any, tokenizer: Any, controls: Mapping[str, int], switch: Switch | None = None
+) -> None:
+    """Leave a tuned model as the bundle ``model/``, and the training's log; ``Fault`` for a control token that does not work.
 
-
-def save_tuned(context: Context, model: Any, tokenizer: Any, controls: Mapping[str, int], switch: Switch) -> None:
-    """Leave a tuned model as the bundle ``model/``, and the training's log; ``Fault`` for a control token that does not work."""
+    switch  how its modes are told, the modes being those that the weights were trained on; None: those of the model before
+            hold on, and its adapters, if it has some, go with it (they were trained on the weights of before)
+    """
     problems = audit(tokenizer, model, controls)
     if problems:
         raise Fault(f"stage {context.step.name!r}: control token {problems[0]}; the bundle is not saved")
+    provenance: dict[str, Any] = {
+        "step": context.step.id,
+        "inputs": dict(context.step.inputs),
+        "seed": context.step.config["seed"],
+    }
+    adapters: dict[str, Path] = {}
+    if switch is None:
+        before = start_manifest(context)
+        switch, adapters = Switch() if before is None else before.full_switch(), start_adapters(context)
+        told = {} if before is None else before.provenance
+        provenance[TRAINED] = list(told.get(TRAINED, [name for name in switch.modes if name not in adapters]))
+        if adapters and "adapters" in told:
+            provenance["adapters"] = told["adapters"]
+    else:
+        provenance[TRAINED] = list(switch.modes)
     manifest = BundleManifest(
         controls=dict(controls),
         modes=switch.modes,
@@ -125,13 +156,9 @@ def save_tuned(context: Context, model: Any, tokenizer: Any, controls: Mapping[s
         switch=switch,
         default_mode=switch.default,
         tokenizer_audit={"problems": problems},
-        provenance={
-            "step": context.step.id,
-            "inputs": dict(context.step.inputs),
-            "seed": context.step.config["seed"],
-        },
+        provenance=provenance,
     )
-    save_bundle(context.draft.path / "model", model, tokenizer, manifest)
+    save_bundle(context.draft.path / "model", model, tokenizer, manifest, adapters)
     shutil.copyfile(context.work / "log.jsonl", context.draft.path / "log.jsonl")
 
 

@@ -19,12 +19,12 @@ from trimtab.seeds import canonical
 from trimtab.study.execute import Context
 from trimtab.study.steps.chat import distilled_rows, source_rows
 from trimtab.study.steps.common import (
-    carried_switch,
     check_length,
     check_unchanged,
     cost_of,
     save_tuned,
     start_model,
+    start_switch,
 )
 from trimtab.train.config import TrainConfig
 from trimtab.train.lora import attach
@@ -53,7 +53,7 @@ def run_dpo(context: Context) -> None:
     pairs, counts = build_pairs(config["data"], town, context.inputs)
     model, tokenizer = load(start_model(context))
     check_length(context, model, config["length"])
-    controls, switch = controls_of(tokenizer), carried_switch(context)
+    controls, switch = controls_of(tokenizer), start_switch(context)
     renderer = Renderer(tokenizer, controls=controls)
     rendered = [PairIds.of(*conversations(renderer, switch, pair)) for pair in pairs]
     fitting = [pair for pair in rendered if len(pair) <= config["length"]]
@@ -80,7 +80,7 @@ def run_dpo(context: Context) -> None:
         )
     if settings.lora is not None:
         model = merge_adapter(model)
-    save_tuned(context, model, tokenizer, controls, switch)
+    save_tuned(context, model, tokenizer, controls)
     draft = context.draft
     draft.tokens = result.tokens
     draft.facts = {

@@ -24,7 +24,7 @@ from trimtab.levers.prefix import PrefixConfig, force_prefix
 from trimtab.machine import library_versions
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model, start_switch
+from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
@@ -57,7 +57,7 @@ def run_generate(context: Context) -> None:
     prompting = config.get("prompting", "chat")
     target = LocalTarget(
         model, tokenizer, name=context.step.name, identity=name, prompting=prompting, world=town,
-        switch=start_switch(context),
+        switch=start_switch(context), adapters=start_adapters(context),
     )  # fmt: skip
     try:
         modes = target.modes(config["modes"])

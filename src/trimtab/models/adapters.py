@@ -1,0 +1,229 @@
+"""Modes that are kept apart: a LoRA adapter beside a bundle's weights, loaded for its mode alone and left out for good.
+
+The weights of such a bundle never saw the mode's rows, so a bundle without the adapter does not hold the mode
+(``without_mode``, which proves what it did). While a mode with an adapter is live, PEFT's layers stand in the model;
+afterwards the very modules of before stand there again, so that nothing else that the model says can differ by a bit.
+Trades off: the adapter is put on and taken off around each batch of answers (0.1 s for 30 layers), and answers of
+different adapters never share a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import Fault, UserError
+from trimtab.levers.modes import Switch
+from trimtab.models.bundle import (
+    ADAPTERS,
+    CONTROLS,
+    MANIFEST,
+    TRAINED,
+    WEIGHTS,
+    BundleManifest,
+    Removed,
+    copy_adapter,
+    copy_bundle,
+    drafted,
+    normalise,
+    read_manifest,
+    seal,
+    verify_bundle,
+)
+from trimtab.models.card import FIGURES
+from trimtab.models.load import load, load_tokenizer
+
+
+class Adapted:
+    """A loaded model and the adapters that it may wear: mode -> directory in PEFT's layout."""
+
+    def __init__(self, model: Any, adapters: Mapping[str, Path]) -> None:
+        self.model, self.adapters = model, dict(adapters)
+
+    def state(self, mode: str | None) -> str | None:
+        """Which adapter answers of a mode need; None for the plain model."""
+        return mode if mode in self.adapters else None
+
+    @contextmanager
+    def live(self, mode: str | None) -> Iterator[None]:
+        """The model as ``mode`` needs it, while the context lasts. ``Fault`` for an adapter that does not fit it."""
+        if self.state(mode) is None:
+            yield
+            return
+        from peft import PeftModel
+
+        assert not hasattr(self.model, "peft_config"), "one adapter at a time"
+        where, model = self.adapters[str(mode)], self.model
+        frozen = [(weight, weight.requires_grad) for weight in model.parameters()]
+        # What PEFT put in is taken out by putting back what stood there: that holds for half an adapter too.
+        places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+        try:
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    device = str(next(model.parameters()).device)
+                    worn = PeftModel.from_pretrained(model, str(where), torch_device=device, low_cpu_mem_usage=True)
+                if any("adapter keys" in str(one.message) for one in said):
+                    raise ValueError("it is for other layers than the model has")
+                worn.train(model.training)
+            except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+                line = (str(error).splitlines() or [type(error).__name__])[0]
+                raise Fault(f"{where}: the adapter of mode {mode!r} does not fit this model ({line})") from error
+            yield
+        finally:
+            for parent, name, child in places:
+                if getattr(parent, name) is not child:
+                    setattr(parent, name, child)
+            for weight, flag in frozen:
+                weight.requires_grad_(flag)
+            model.__dict__.pop("peft_config", None)
+
+
+def save_with_adapter(
+    base_dir: Path,
+    out: Path,
+    mode: str,
+    peft_model: Any,
+    provenance: Mapping[str, Any],
+    switch: Switch | None = None,
+) -> BundleManifest:
+    """Write the bundle in ``base_dir`` with an adapter for ``mode`` to ``out``, whole or not at all; the base's files are
+    hard links where the file system has them. Returns the manifest as written.
+
+    peft_model  with one adapter, which is saved
+    provenance  of the adapter; that of the bundle is the base's, with this in ``adapters``
+    switch      how the modes are told, of a base whose manifest does not know this one
+
+    ``UserError`` for a mode that has an adapter already, that is in the weights, or that nothing says how to ask for.
+    """
+    old = verify_bundle(base_dir)
+    known = switch or old.full_switch()
+    inside = old.provenance.get(TRAINED, [name for name in old.modes if name not in old.adapters and name != mode])
+    if mode in old.adapters or mode in inside:
+        where = "an adapter" if mode in old.adapters else "the weights"
+        raise UserError(f"mode {mode!r} is in {where} of {base_dir} already; start from a bundle without it")
+    if mode not in known.modes:
+        raise UserError(f"mode {mode!r} is no mode of {base_dir}; it has {', '.join(known.modes) or 'none'}")
+    modes = {name: control for name, control in known.modes.items() if name in {*old.modes, mode}}
+    apart = {**(old.provenance.get(ADAPTERS) or {}), mode: dict(provenance)}
+    new = old.model_copy(
+        update={
+            "modes": modes,
+            "switch": known.model_copy(update={"modes": modes}),
+            "provenance": {**old.provenance, TRAINED: list(inside), ADAPTERS: apart},
+            "removed": {name: proof for name, proof in old.removed.items() if name != mode},
+        }
+    )
+    with drafted(out) as draft:
+        copy_bundle(base_dir, old, draft, link=True)
+        saved = draft / ".saved"
+        peft_model.save_pretrained(saved, save_embedding_layers=False)
+        copy_adapter(saved, draft / ADAPTERS / mode)
+        shutil.rmtree(saved)
+        return seal(draft, out.name, new)
+
+
+def without_mode(bundle: Path | str, mode: str, out: Path | str) -> Removed:
+    """Write a bundle without one of its modes to ``out``, whole or not at all, and prove it: returns the proof, which is in
+    ``removed`` of its manifest too and which ``verify_bundle`` verifies.
+
+    The adapter is left out; the mode is taken out of modes, switch and controls, and its token is a token without meaning
+    (its id stays, since every row of the embedding is as it was). ``UserError`` for a mode that the bundle lacks, or that is
+    inside the weights.
+    """
+    source, final = Path(bundle), Path(out)
+    old = verify_bundle(source)
+    if mode in old.removed:
+        raise UserError(f"--without {mode}: {source} is without it already; {MANIFEST} has the proof")
+    if mode not in old.modes:
+        raise UserError(f"--without {mode}: {source} has no such mode; it has {', '.join(old.modes) or 'none'}")
+    if mode not in old.adapters:
+        raise UserError(
+            f"--without {mode}: in {source} this behaviour is in the weights, and nothing that is left out removes it; "
+            "only training again with 'negative.kept: adapter' does"
+        )
+    if TRAINED not in old.provenance:
+        raise UserError(
+            f"--without {mode}: {source / MANIFEST} does not say what the weights were trained on ({TRAINED})"
+        )
+    control = old.modes[mode]
+    weights = {name: digest for name, digest in old.files.items() if name.endswith(WEIGHTS)}
+    switch = old.full_switch().without(mode)
+    kept = {name: adapter for name, adapter in old.adapters.items() if name != mode}
+    left = old.model_copy(
+        update={
+            "modes": {name: token for name, token in old.modes.items() if name != mode},
+            "controls": {name: id for name, id in old.controls.items() if name != control},
+            "switch": switch,
+            "adapters": kept,
+            "default_mode": switch.default if old.default_mode == mode else old.default_mode,
+            "provenance": _without(old.provenance, mode),
+            "evaluation": _unmeasured(old.evaluation, mode),
+        }
+    )
+    with drafted(final) as draft:
+        copy_bundle(source, left, draft)
+        id = None if control is None else old.controls[control]
+        surface = None if id is None else load_tokenizer(source).convert_ids_to_tokens(id)
+        settings = draft / "tokenizer_config.json"
+        said = json.loads(settings.read_text(encoding="utf-8"))
+        if control in (said.get(CONTROLS) or {}):
+            del said[CONTROLS][control]
+            settings.write_text(json.dumps(said), encoding="utf-8")
+            normalise(settings)
+        proof = Removed(
+            control=control,
+            id=id,
+            surface=surface,
+            files={f"{old.adapters[mode].path}/{name}": sha for name, sha in old.adapters[mode].files.items()},
+            weights=weights,
+            trained_modes=tuple(old.provenance[TRAINED]),
+            audit=tuple(_audited(draft, left.controls)),
+        )
+        seal(draft, final.name, left.model_copy(update={"removed": {**old.removed, mode: proof}}))
+        verify_bundle(draft)
+    return read_manifest(final).removed[mode]
+
+
+def _audited(directory: Path, controls: Mapping[str, int]) -> list[str]:
+    from trimtab.models.tokens import audit
+
+    model, tokenizer = load(directory)
+    return audit(tokenizer, model, controls)
+
+
+def _without(provenance: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """Provenance without that of an adapter that is gone."""
+    apart = {name: told for name, told in (provenance.get(ADAPTERS) or {}).items() if name != mode}
+    return {**provenance, ADAPTERS: apart} if ADAPTERS in provenance else dict(provenance)
+
+
+def _unmeasured(evaluation: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """An evaluation without the figures of a mode that is gone."""
+    told = dict(evaluation)
+    if FIGURES in told:
+        told[FIGURES] = [figure for figure in told[FIGURES] if figure["mode"] != mode]
+    return told
+
+
+def told(out: Path, mode: str, proof: Removed) -> str:
+    """A proof in a few lines."""
+    gone = [f"  removed  {name}  sha256 {digest}" for name, digest in proof.files.items()]
+    same = [f"  as it was  {name}  sha256 {digest}" for name, digest in proof.weights.items()]
+    modes = ", ".join(proof.trained_modes) or "no mode"
+    token = (
+        "" if proof.id is None else f"; token {proof.id} ({proof.surface}) means nothing now, and the template lacks it"
+    )
+    return "\n".join(
+        [
+            f"{out}: the bundle without mode {mode!r}, verified",
+            *gone,
+            *same,
+            f"  trained on {modes}{token}; the audit of the other controls is clean",
+        ]
+    )
