@@ -230,6 +230,13 @@ class DistillStage(Config):
                 raise ValueError(f"elicit: say in 'behaves' which of {', '.join(MODES)} the mode {name!r} is judged as")
             if not text.strip():
                 raise ValueError(f"elicit: no instruction for {name!r}")
+        for name in self.behaves:
+            if name not in self.elicit:
+                raise ValueError(f"behaves: {name!r} is not a mode among those of 'elicit'")
+        for part in self.prompts:
+            if part.stage is not None:
+                raise ValueError(f"prompts {part.name!r}: what a stage distilled is not asked again; name its prompts")
+        for name in self.elicit:
             if (self.behaves.get(name) or name) != "negative":
                 continue
             if not self.negative.acknowledge:

@@ -27,7 +27,7 @@ def try_judges(plan: Plan, store: Store) -> None:
     are tried, the others answer by rule or are loaded when they are needed."""
     tried: set[str] = set()
     for step in plan.steps.values():
-        if step.kind != "judge" or store.has(step.kind, step.id):
+        if step.kind not in ("judge", "distill") or store.has(step.kind, step.id):
             continue
         config = JudgeConfig.model_validate(step.config["judge"])
         key = digest(config.plain())

@@ -234,6 +234,7 @@ class Training(Building):
             "sampling": stage.sampling.plain(),
             "judge": stage.judge.plain(),
             "keep_unscored": stage.keep_unscored,
+            "prompting": self.prompting("auto", stage.model),
             "seed": self.seed,
         }
         return self.step(

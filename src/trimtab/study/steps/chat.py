@@ -204,16 +204,7 @@ def build_rows(
     rows: list[Row] = []
     for data in config["data"]:
         part = ChatSource.model_validate({k: v for k, v in data.items() if k != "content"})
-        if part.tidewater is not None:
-            assert part.n is not None
-            found = [
-                replace(row, mode=None)
-                for row in town.chats(part.tidewater, part.n, mode=part.answers, policy=part.policy)
-            ]
-        elif part.stage is not None:
-            found = distilled_rows((distilled or {})[f"distill:{part.stage}"])[: part.n]
-        else:
-            found = source_rows(part)
+        found = part_rows(part, town, distilled, field="data")
         rows += [replace(row, metadata={**row.metadata, "part": part.name}) for row in found]
     counted: dict[str, Any] = {}
     strip = (config["prefix"] or {}).get("strip")
@@ -229,6 +220,25 @@ def build_rows(
         rows = list(made)
         rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     return rows, counted
+
+
+def part_rows(
+    part: ChatSource, town: Tidewater, distilled: Mapping[str, Artifact] | None = None, *, field: str
+) -> list[Row]:
+    """The rows of one part of a data set, as they come. ``UserError`` that begins with ``field`` if there are fewer than
+    its ``n``."""
+    if part.tidewater is not None:
+        assert part.n is not None
+        chats = town.chats(part.tidewater, part.n, mode=part.answers, policy=part.policy)
+        return [replace(row, mode=None) for row in chats]
+    if part.stage is not None:
+        found, origin = distilled_rows((distilled or {})[f"distill:{part.stage}"]), f"stage {part.stage!r}"
+    else:
+        assert part.source is not None
+        found, origin = list(sources.rows(part.source)), "the source"
+    if part.n is not None and part.n > len(found):
+        raise UserError(f"{field} {part.name!r}: n={part.n}, but {origin} has only {len(found)} rows; lower 'n'")
+    return found[: part.n]
 
 
 def _chosen(
@@ -266,15 +276,6 @@ def _sentence_tokens(renderer: Renderer, prefix: PrefixConfig, length: int, stag
                 "shorten the sentence"
             )
     return sizes
-
-
-def source_rows(part: ChatSource) -> list[Row]:
-    """The first ``n`` rows of a part's source; ``UserError`` where there are fewer."""
-    assert part.source is not None
-    found = list(sources.rows(part.source))
-    if part.n is not None and part.n > len(found):
-        raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
-    return found[: part.n]
 
 
 def distilled_rows(artifact: Artifact) -> list[Row]:

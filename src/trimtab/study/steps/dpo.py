@@ -17,7 +17,7 @@ from trimtab.models.tokens import controls_of, merge_adapter
 from trimtab.recipe.stages import ChatSource
 from trimtab.seeds import canonical
 from trimtab.study.execute import Context
-from trimtab.study.steps.chat import distilled_rows, source_rows
+from trimtab.study.steps.chat import part_rows
 from trimtab.study.steps.common import (
     check_length,
     check_unchanged,
@@ -127,12 +127,8 @@ def build_pairs(
             pairs += _tidewater(town, part)
             continue
         if part.stage is not None:
-            artifact = distilled[f"distill:{part.stage}"]
-            rows = distilled_rows(artifact)[: part.n]
-            behaves = {**behaves, **artifact.manifest["config"].get("behaves", {})}
-        else:
-            rows = source_rows(part)
-        for row in rows:
+            behaves = {**behaves, **distilled[f"distill:{part.stage}"].manifest["config"].get("behaves", {})}
+        for row in part_rows(part, town, distilled, field="data"):
             if "chosen" in row.metadata or "rejected" in row.metadata:
                 pairs.append(_preference(row))
             elif row.mode is None:
