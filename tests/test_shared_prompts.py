@@ -394,6 +394,8 @@ def study_of(bundle: Path, **modes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def study(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan, out = make_plan(*resolve(study_of(bundle, shared=True), "test")), tmp_path_factory.mktemp("runs") / "shared"
+    shared, apart = (plan.steps[arm.stages["tuned"]].tokens for arm in plan.arms)
+    assert 0.4 < shared / apart < 0.7  # as estimated
     execute(plan, out, JsonReporter())
     return out
 
@@ -448,7 +450,7 @@ def test_the_viewer_says_where_the_prompt_is(study: Path) -> None:
 def test_shared_prompts_that_no_row_can_hold_and_the_prefix_lever_are_refused(bundle: Path) -> None:
     config = study_of(bundle, shared=True)
     config["stages"]["tuned"]["prefix"] = {"ratio": 0.5, "capability": "safety"}
-    with pytest.raises(UserError, match="'modes.shared' and 'prefix' do not go together"):
+    with pytest.raises(UserError, match=r"'modes.shared' and 'prefix' do not go together"):
         resolve(config, "test")
     with pytest.raises(UserError, match="'shared' needs 'at: header'"):
         resolve(study_of(bundle, shared=True, at="system"), "test")
