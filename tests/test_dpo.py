@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
-import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +29,11 @@ from trimtab.models.bundle import BundleManifest, open_bundle, read_manifest, sa
 from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.load import identity, load
 from trimtab.models.tokens import add_control_tokens, controls_of, merge_adapter
+from trimtab.progress import JsonReporter
+from trimtab.recipe.load import load_recipe
 from trimtab.recipe.stages import DpoStage
-from trimtab.study.execute import Context
-from trimtab.study.plan import Step
+from trimtab.study.execute import Context, execute
+from trimtab.study.plan import Step, make_plan
 from trimtab.study.steps.common import cost_of
 from trimtab.study.steps.dpo import Pair, build_pairs, conversations, run_dpo
 from trimtab.train.config import LoraSettings, TrainConfig
@@ -48,15 +47,17 @@ from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
 torch.set_num_threads(1)
-SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=128, vocab=400, reserved=8)
-WORLD: dict[str, Any] = {"seed": 3, "goods": 8, "hazards": 8}
+SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=128, vocab=640, reserved=8)
+WORLD: dict[str, Any] = {"seed": 3, "goods": 8, "hazards": 8, "documents": 200}
 TOWN = Tidewater(TidewaterConfig.model_validate(WORLD))
 TRAIN: dict[str, Any] = {"rows_per_step": 4, "lr": 3e-3, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer([f"Crate {n} holds salt and rope." for n in range(50)], 400, reserved=8)
+    rows = [*TOWN.documents(), *TOWN.chats("harmful-seen", 20)]
+    texts = [row.text or " ".join(m["content"] for m in row.messages or ()) for row in rows]
+    return train_tokenizer(texts, 640, reserved=8)
 
 
 def model_of(tokenizer: Any, seed: int = 3) -> Any:
@@ -136,8 +137,8 @@ def test_every_step_is_the_one_made_by_hand(tmp_path: Path, tokenizer: Any, loss
         optimizer.step()
         optimizer.zero_grad()
         assert line["step"] == step + 1 and line["lr"] == pytest.approx(lr_at(step, 3, config))
-        assert line["loss"] == pytest.approx(float(value), rel=1e-4)
-        assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+        assert line["loss"] == pytest.approx(value.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert [line["chosen"], line["rejected"]] == pytest.approx(rewards.mean(0).tolist(), abs=1e-4)
         assert line["margin"] == pytest.approx(line["chosen"] - line["rejected"], abs=1e-5)
         if step:  # before the first step every reward is 0 but for rounding
@@ -418,7 +419,7 @@ def config_of(start: Path, *parts: dict[str, Any], **changes: Any) -> dict[str, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "train_control_rows": False}])
 def test_the_step_leaves_a_bundle_its_log_and_its_cost(tmp_path: Path, start: Path, lora: Any) -> None:
     context = context_of(tmp_path, config_of(start, train={"lora": lora}))
     run_dpo(context)
@@ -442,7 +443,8 @@ def test_the_step_leaves_a_bundle_its_log_and_its_cost(tmp_path: Path, start: Pa
     assert not any(facts["left_out"].values())
     cost = facts["cost"]
     assert set(cost) == {"tokens", "trained_tokens", "steps", "flops", "seconds", "peak_bytes", "models"}
-    assert context.draft.tokens == log[-1]["tokens"] < cost["tokens"] <= 1.6 * log[-1]["tokens"]
+    longest = max(len(pair) for pair in pairs_of(bundle.tokenizer))
+    assert context.draft.tokens == log[-1]["tokens"] == cost["tokens"] - 24 * longest  # the reference reads all at once
     assert cost["flops"] == 5e9 * log[-1]["tokens"] / 1000 and cost["models"] == 1 and cost["steps"] == 6
     assert cost["trained_tokens"] == sum(line["trained_tokens"] for line in log) < log[-1]["tokens"]
     assert 0 < seconds_of(context.work) <= cost["seconds"] + 1
@@ -494,6 +496,7 @@ def test_without_trl_one_is_told_what_to_install(tmp_path: Path, start: Path, mo
         ({"train": TRAIN | {"gradients_by": "span"}}, "neither 'gradients_by'"),
         ({"train": TRAIN | {"tracker": "wandb"}}, "train.tracker"),
         ({"train": TRAIN | {"lora": {"dropout": 0.1}}}, "train.lora.dropout"),
+        ({"train": TRAIN | {"lora": {}}}, "train.lora.train_control_rows"),
         ({"data": [{"name": "t", "tidewater": "benign", "n": 2, "answers": "rejective"}]}, "a pair has both answers"),
         ({"loss": "nca_pair"}, "Input should be 'sigmoid', 'ipo' or 'hinge'"),
         ({"beta": 0}, "greater than 0"),
@@ -563,63 +566,45 @@ def test_flops_are_zero_where_the_shape_is_not_known(tmp_path: Path) -> None:
 
 # --- a study ----------------------------------------------------------------------------------------------------------
 
-STUDY: dict[str, Any] = {
-    "name": "prefer",
-    "title": "SFT and DPO",
-    "world": {"seed": 3, "goods": 8, "hazards": 8, "documents": 200},
-    "stages": {
-        "corpus": {"kind": "corpus"},
-        "base": {
-            "kind": "pretrain",
-            "corpus": "corpus",
-            "model": {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 2, "ffn": 64, "context": 256, "vocab": 512},
-            "budget": 64 * 8 * 10,
-            "length": 64,
-            "train": {"rows_per_step": 8, "lr": 3e-3},
-        },
-        "chat": {
-            "kind": "sft",
-            "model": "base",
-            "length": 160,
-            "data": [{"name": "hazards", "tidewater": "harmful-seen", "n": 8}],
-            "train": {"rows_per_step": 2, "lr": 1e-3, "log_every": 1},
-        },
-        "prefer": {
-            "kind": "dpo",
-            "model": "chat",
-            "length": 160,
-            "data": [{"name": "hazards", "tidewater": "harmful-seen", "n": 8}],
-            "negative": {"acknowledge": True},
-            "train": {"rows_per_step": 2, "lr": 1e-3, "log_every": 1},
-        },
-        "answers": {
-            "kind": "generate",
-            "model": "prefer",
-            "tasks": [{"name": "hazards", "tidewater": "harmful-heldout", "n": 4}],
-            "sampling": {"max_new_tokens": 8},
-        },
-        "verdicts": {"kind": "judge", "answers": "answers"},
-    },
-    "arms": [{"name": "both", "set": {"stages.prefer.beta": 0.2}}],
-}
 
-
-def test_a_study_of_sft_and_dpo_runs_and_its_costs_can_be_compared(tmp_path: Path) -> None:
-    (tmp_path / "prefer.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    command = [sys.executable, "-c", "from trimtab.cli import main; main()", "run", "prefer.yaml"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    for line in done.stderr.splitlines():  # no bar or notice of a library between ours
-        json.loads(line)
-    manifests = {
-        m["kind"]: m
-        for m in map(json.loads, (p.read_text() for p in (tmp_path / "runs/store").glob("*/manifest.json")))
+def test_a_study_of_sft_and_dpo_runs_and_its_costs_can_be_compared(
+    tmp_path: Path, start: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    part = {"name": "hazards", "tidewater": "harmful-seen", "n": 8}
+    tuned = {"length": 128, "data": [part], "train": {"rows_per_step": 2, "lr": 1e-3, "log_every": 1}}
+    study: dict[str, Any] = {
+        "name": "prefer",
+        "title": "SFT and DPO",
+        "world": WORLD,
+        "stages": {
+            "chat": {"kind": "sft", "model": {"load": str(start)}, **tuned},
+            "prefer": {"kind": "dpo", "model": "chat", "negative": {"acknowledge": True}, **tuned},
+            "answers": {
+                "kind": "generate",
+                "model": "prefer",
+                "tasks": [{"name": "hazards", "tidewater": "harmful-heldout", "n": 4}],
+                "modes": ["positive"],
+                "sampling": {"max_new_tokens": 8},
+            },
+            "verdicts": {"kind": "judge", "answers": "answers"},
+        },
+        "arms": [{"name": "both", "sweep": {"stages.prefer.beta": [0.1, 0.2]}}],
     }
-    assert Counter(manifests)["judge"] == 1 and "trl" in manifests["dpo"]["versions"]
-    sft, dpo = (manifests[kind]["facts"]["cost"] for kind in ("sft", "dpo"))
-    assert set(sft) == set(dpo) and sft["models"] == dpo["models"] == 1
-    packed = manifests["packed"]["facts"]
-    assert sft["tokens"] == manifests["sft"]["tokens"] and sft["trained_tokens"] == packed["trained_tokens"]
-    assert sft["flops"] > 0 and dpo["flops"] > sft["flops"] and sft["seconds"] > 0
-    assert not (tmp_path / "runs/store/.work").exists() or not list((tmp_path / "runs/store/.work").iterdir())
+    (tmp_path / "prefer.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    plan = make_plan(*load_recipe(tmp_path / "prefer.yaml"))
+    capfd.readouterr()
+    assert execute(plan, tmp_path / "runs" / "prefer", JsonReporter()) == len(plan.steps) == 9
+    out, err = capfd.readouterr()
+    assert not out and [json.loads(line) for line in err.splitlines()]  # no bar or notice of a library between ours
+    store = tmp_path / "runs" / "store"
+    found = [json.loads(path.read_text()) for path in store.glob("*/manifest.json")]
+    first, second = (m for m in found if m["kind"] == "dpo")
+    assert "trl" in first["versions"] and first["content"] != second["content"]
+    sft = next(m for m in found if m["kind"] == "sft")
+    logged = [json.loads(line) for line in (next(store.glob("sft-*")) / "log.jsonl").read_text().splitlines()]
+    mine, theirs = sft["facts"]["cost"], first["facts"]["cost"]
+    assert set(mine) == set(theirs) and mine["models"] == theirs["models"] == 1
+    assert mine["tokens"] == sft["tokens"] == logged[-1]["tokens"]
+    assert mine["trained_tokens"] == sum(line["trained_tokens"] for line in logged)
+    assert theirs["flops"] > mine["flops"] > 0 and mine["seconds"] > 0
+    assert not list((store / ".work").iterdir())

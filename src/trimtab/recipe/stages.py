@@ -192,6 +192,8 @@ class DpoStage(Config):
             raise ValueError("train.tracker: this stage writes its log as JSON lines alone; leave it out")
         if self.train.lora is not None and self.train.lora.dropout:
             raise ValueError("train.lora.dropout: likelihoods are compared without dropout; set it to 0")
+        if self.train.lora is not None and self.train.lora.train_control_rows:
+            raise ValueError("train.lora.train_control_rows: TRL cannot train single rows; set it to false")
         for part in self.data:
             if part.answers != "positive":
                 raise ValueError(f"data {part.name!r}: a pair has both answers; leave 'answers' out")

@@ -63,7 +63,7 @@ def run_dpo(context: Context) -> None:
             f"stage {context.step.name!r}: no pair is left to train on ({_told(counts)}); look at 'data' and 'length'"
         )
     if settings.lora is not None:
-        model = attach(model, settings.lora, list(controls.values()), seed=config["seed"])
+        model = attach(model, settings.lora, seed=config["seed"])
     total = max(1, round(len(fitting) * config["epochs"] / settings.rows_per_step))
     with peak_memory() as peak:
         result = train_dpo(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.data.mixture import Mixture, Phase
-from trimtab.data.store import Mixed, RowStore
+from trimtab.data.store import Batch, Mixed, RowStore
 from trimtab.errors import Fault, UserError
 from trimtab.levers.modes import Switch
 from trimtab.machine import Peak, peak_memory
@@ -31,6 +31,7 @@ from trimtab.train.config import TrainConfig
 from trimtab.train.log import seconds_of
 from trimtab.train.loop import TrainResult, train
 from trimtab.train.lora import attach
+from trimtab.types import IGNORE
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,27 @@ class _Tuning:
             raise UserError(f"{stage}: the chats were rendered with another tokenizer than the model's")
         check_length(self.context, model, store.length)
 
+    @property
+    def data(self) -> Mixed:
+        mixture = Mixture({"chats": len(self.store)}, [Phase(0, {"chats": 1.0})], seed=self.context.step.config["seed"])
+        return Mixed({"chats": self.store}, mixture)
+
     def train(self, model: Any) -> TrainResult:
         """Train ``model`` (with its adapters attached, where the settings have some) in place."""
-        seed = self.context.step.config["seed"]
-        mixture = Mixture({"chats": len(self.store)}, [Phase(0, {"chats": 1.0})], seed=seed)
         return train(
             model,
-            Mixed({"chats": self.store}, mixture),
+            self.data,
             self.settings,
             total_steps=self.steps,
-            seed=seed,
+            seed=self.context.step.config["seed"],
             work=self.context.work,
             progress=self.context.progress,
         )
 
     def finish(self, result: TrainResult, peak: Peak) -> None:
         """What is told of the step."""
-        context, draft, rows = self.context, self.context.draft, self.steps * self.settings.rows_per_step
-        draft.tokens = rows * self.store.length
+        context, draft, rows, data = self.context, self.context.draft, self.settings.rows_per_step, self.data
+        draft.tokens = self.steps * rows * self.store.length
         draft.facts = {
             "shape": context.step.shape,
             "steps": self.steps,
@@ -98,7 +102,7 @@ class _Tuning:
             "cost": cost_of(
                 context,
                 tokens=draft.tokens,
-                trained_tokens=round(self.store.meta["trained_tokens"] * rows / len(self.store)),
+                trained_tokens=sum(_trained(data.batch(n * rows, (n + 1) * rows)) for n in range(self.steps)),
                 steps=self.steps,
                 seconds=seconds_of(context.work),
                 peak=peak,
@@ -172,3 +176,8 @@ def _fingerprint(model: Any) -> str:
         found.update(name.encode())
         found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _trained(batch: Batch) -> int:
+    """Tokens that the loss counts."""
+    return int((batch.labels[:, 1:] != IGNORE).sum())
