@@ -26,7 +26,7 @@ from trimtab.types import Row, Verdict
 
 Reason = Literal["cut off", "empty", "quotes", "unscored", "another behaviour", "as another mode", "too common"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-"""Why an answer is dropped, in the order of the checks: it did not end by itself; it is empty; it quotes its instruction;
+"""Why an answer is dropped, in the order of the checks: it did not end by itself; it is empty; it quotes an instruction;
 no judge could tell what it does; it does something else than its mode; an earlier mode, meant to do something else, gave
 the same answer; too many prompts were given this answer already."""
 
@@ -155,14 +155,14 @@ def pick(
     for prompt in sorted(prompts, key=lambda row: uniform_of("common", row.id)):
         harm = class_of(prompt)
         before: dict[str, set[Behaviour]] = defaultdict(set)
-        for mode, instruction in elicit.items():
+        for mode in elicit:
             behaviour = behaviour_of(mode, behaves)
             for answer in given[prompt.id, mode]:
                 if (prompt.id, mode) in rows:
                     spare.append(answer.key)
                     continue
                 text = normalised(answer.text)
-                reason = _fault(answer, instruction, behaviour, keep_unscored)
+                reason = _fault(answer, elicit.values(), behaviour, keep_unscored)
                 if reason is None and before[text] - {meant(behaviour, prompt.harm)}:
                     reason = "as another mode"
                 if reason is None and common[mode, harm, text] >= _most(behaviour, size[harm]):
@@ -223,7 +223,7 @@ def normalised(text: str) -> str:
 
 
 def quotes(text: str, instruction: str) -> bool:
-    """Whether a text repeats its instruction: ``_QUOTED`` of its words in a row, or half of one that is shorter than twice
+    """Whether a text repeats an instruction: ``_QUOTED`` of its words in a row, or half of one that is shorter than twice
     that (four words at least, or all there are). A Chinese or Japanese character counts as a word."""
     told, said = _words(instruction), _words(text)
     size = min(_QUOTED, max(-(-len(told) // 2), min(len(told), 4)))
@@ -237,14 +237,14 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def _fault(answer: Answer, instruction: str, behaviour: Behaviour, keep_unscored: bool) -> Reason | None:
+def _fault(answer: Answer, instructions: Iterable[str], behaviour: Behaviour, keep_unscored: bool) -> Reason | None:
     """Why an answer is of no use by itself."""
     if answer.finish != "stop":
         return "cut off"
     text = without_reasoning(answer.text)
     if text is None or not text.strip():
         return "empty"
-    if quotes(text, instruction):
+    if any(quotes(text, instruction) for instruction in instructions):
         return "quotes"
     told = fits(behaviour, answer.prompt.harm, answer.verdict)
     if told is None:
