@@ -20,6 +20,7 @@ from typing import Any
 from trimtab.errors import Fault, UserError
 from trimtab.levers.modes import Switch
 from trimtab.models.bundle import (
+    ADAPTER_FILES,
     ADAPTERS,
     CONTROLS,
     MANIFEST,
@@ -55,7 +56,8 @@ class Adapted:
         if self.state(mode) is None:
             yield
             return
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
 
         assert not hasattr(self.model, "peft_config"), "one adapter at a time"
         where, model = self.adapters[str(mode)], self.model
@@ -64,12 +66,13 @@ class Adapted:
         places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
         try:
             try:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    device = str(next(model.parameters()).device)
+                device = str(next(model.parameters()).device)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of keys that fit no layer, which is checked here
                     worn = PeftModel.from_pretrained(model, str(where), torch_device=device, low_cpu_mem_usage=True)
-                if any("adapter keys" in str(one.message) for one in said):
-                    raise ValueError("it is for other layers than the model has")
+                with safe_open(where / ADAPTER_FILES[1], "pt") as file:
+                    if set(file.keys()) != set(get_peft_model_state_dict(worn, save_embedding_layers=False)):
+                        raise ValueError("it is for other layers than the model has")
                 worn.train(model.training)
             except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
                 line = (str(error).splitlines() or [type(error).__name__])[0]

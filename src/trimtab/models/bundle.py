@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from trimtab.artifact import fsync, is_no_space, no_space, sha256_file, write_atomic
 from trimtab.config import Config
@@ -85,6 +85,17 @@ class BundleManifest(Config):
     provenance: dict[str, Any] = Field(default_factory=dict, description="Recipe, steps, data and seeds behind it.")
     evaluation: dict[str, Any] = Field(default_factory=dict, description="Summary of the last evaluation.")
     files: dict[str, str] = Field(default_factory=dict, description="File -> sha256, the card excepted.")
+
+    @model_validator(mode="after")
+    def _inside(self) -> BundleManifest:
+        """A manifest names files of its own directory and no others: they are copied by these names."""
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"file {name!r} is not in the bundle's directory itself")
+        for mode, adapter in self.adapters.items():
+            if Path(mode).name != mode or adapter.path != f"{ADAPTERS}/{mode}" or sorted(adapter.files) != [*ADAPTER_FILES]:
+                raise ValueError(f"adapter {mode!r} must be {ADAPTERS}/MODE with {' and '.join(ADAPTER_FILES)}")
+        return self
 
     def full_switch(self) -> Switch:
         """How the modes are told; of a bundle that only lists modes and their controls, by these."""
@@ -306,11 +317,9 @@ def _problem(directory: Path, manifest: BundleManifest) -> str | None:
                 return f"{kind} {name!r} uses {token_name!r}, which is not among the controls"
     if manifest.default_mode is not None and manifest.default_mode not in manifest.modes:
         return f"default_mode={manifest.default_mode!r} is not among the modes"
-    for mode, adapter in manifest.adapters.items():
+    for mode in manifest.adapters:
         if mode not in manifest.modes:
             return f"adapter {mode!r} belongs to no mode"
-        if adapter.path != f"{ADAPTERS}/{mode}" or sorted(adapter.files) != list(ADAPTER_FILES):
-            return f"adapter {mode!r} must be {ADAPTERS}/{mode} with {' and '.join(ADAPTER_FILES)}"
     for mode in manifest.modes if TRAINED in manifest.provenance else ():
         if mode not in manifest.provenance[TRAINED] and mode not in manifest.adapters:
             return f"mode {mode!r} is neither in the weights ({TRAINED}) nor in an adapter"
