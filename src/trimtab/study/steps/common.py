@@ -78,7 +78,7 @@ def start_switch(context: Context) -> Switch:
     """How the model that a step starts from is told its modes; one without a manifest has none."""
     where = start_model(context)
     directory = where if isinstance(where, Path) else Path(where.load).expanduser()
-    if isinstance(where, LoadConfig) and (where.load in NAMED or not (directory / MANIFEST).is_file()):
+    if (isinstance(where, LoadConfig) and where.load in NAMED) or not (directory / MANIFEST).is_file():
         return Switch()
     return read_manifest(directory).full_switch()
 
