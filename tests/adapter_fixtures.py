@@ -19,9 +19,7 @@ from trimtab.models.tokens import add_control_tokens, controls_of
 from trimtab.train.config import LoraSettings
 from trimtab.train.lora import attach
 
-SHAPE = BuildConfig(
-    hidden=32, layers=2, heads=2, kv_heads=1, ffn=48, context=256, vocab=400, reserved=6, init_std=0.2
-)
+SHAPE = BuildConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=48, context=256, vocab=400, reserved=6, init_std=0.2)
 INSIDE, APART = ("positive", "rejective"), "negative"
 NAMES = [control_name(mode) for mode in (*INSIDE, APART)] + ["policy:quay"]
 SWITCH = Switch.of(NAMES)

@@ -112,9 +112,10 @@ def test_an_adapter_of_another_model_is_a_fault_and_is_taken_off(plain: Path, tm
     for changes in ({"hidden": 48}, {"layers": 3}):
         where = tmp_path / str(changes)
         adapter_on(build_model(SHAPE.model_copy(update=changes), tokenizer, seed=3)).save_pretrained(where)
-        with pytest.raises(Fault, match="'negative' does not fit this model") as caught, Adapted(
-            model, {APART: where}
-        ).live(APART):
+        with (
+            pytest.raises(Fault, match="'negative' does not fit this model") as caught,
+            Adapted(model, {APART: where}).live(APART),
+        ):
             raise AssertionError
         assert "\n" not in str(caught.value)
         assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
@@ -384,9 +385,7 @@ def trained(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     where, start = tmp_path_factory.mktemp("trained"), Artifact(started, {"id": "start"})
     data = source(where / "mine.jsonl", *(["positive", "negative"] * 12))
     rows = {mode: packed(where / mode, start, data, MODES, mode) for mode in ("positive", "negative")}
-    tuned = step(
-        where / "sft", {"train": TRAIN, "epochs": 1, "seed": 1}, run_sft, model=start, packed=rows["positive"]
-    )
+    tuned = step(where / "sft", {"train": TRAIN, "epochs": 1, "seed": 1}, run_sft, model=start, packed=rows["positive"])
     train = {**TRAIN, "lora": {"r": 2, "train_control_rows": False}}
     config = {"train": train, "epochs": 2, "seed": 1, "modes": [APART]}
     made = step(where / "adapter", config, run_adapter, model=tuned, packed=rows["negative"])

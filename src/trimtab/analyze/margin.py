@@ -49,7 +49,7 @@ def live(target: LocalTarget, mode: str | None) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts as ids, ``ids[prompt][mode]``, and how each mode is asked: by the model's ``own`` switch or in ``words``."""
+    """The prompts as ids, ``ids[prompt][mode]``, and how each mode is asked: by ``levers.modes.Token``."""
 
     rows: Sequence[Row]
     modes: tuple[str, ...]
@@ -67,20 +67,19 @@ def ask(
     if len(rows) < 2:
         raise UserError(f"tasks: a margin needs two prompts or more, not {len(rows)}")
     has = target.switch.modes if target.prompting == "chat" else {}
-    by = {mode: "own" if mode in has else "words" for mode in modes}
     for mode in modes:
-        if by[mode] == "words" and not words.get(mode, "").strip():
+        if mode not in has and not words.get(mode, "").strip():
             raise UserError(
                 f"words: {target.name} has no mode {mode!r} (it has {', '.join(sorted(has)) or 'none'}), and 'words' no "
                 "instruction to ask for it; give one, or leave the mode out"
             )
 
     def ready(row: Row, mode: str) -> NDArray[Any]:
-        own = by[mode] == "own"
-        told = row if own else with_text(row, [words[mode]], "words")
-        ids: NDArray[Any] = target.ask(told, mode if own else None, Sampling(max_new_tokens=tokens), seed).ready.ids
+        told, own = (row, mode) if mode in has else (with_text(row, [words[mode]], "words"), None)
+        ids: NDArray[Any] = target.ask(told, own, Sampling(max_new_tokens=tokens), seed).ready.ids
         return ids
 
+    by = {mode: target.switch.token if mode in has else "words" for mode in modes}
     return Asked(rows, tuple(modes), by, [[ready(row, mode) for mode in modes] for row in rows])
 
 
@@ -114,7 +113,7 @@ def measure(
         "modes": list(asked.modes),
         "asked": dict(asked.by),
         "prompts": len(asked.rows),
-        "left_out_ids": int(len(target.engine.banned)),
+        "left_out_ids": len(target.engine.banned),
         "figures": figures,
     }
     return results, told
@@ -164,7 +163,7 @@ class _Reader:
         }
         for m, mode in enumerate(self.asked.modes):
             order = sorted(range(len(kept)), key=lambda k: len(self.ids[kept[k]][m]))
-            with live(self.target, mode if self.asked.by[mode] == "own" else None):
+            with live(self.target, mode):
                 for start in range(0, len(order), self.config.batch):
                     some = order[start : start + self.config.batch]
                     out, states = read_last(self.target, [self.ids[kept[k]][m] for k in some], self.layers)
@@ -252,7 +251,7 @@ class _Figure:
         for m, mode in enumerate(self.modes):
             self.parts[f"mode:{mode}"] = self._part(ALL, every, m + 1)
         for harm in HARMS:
-            inside = np.array([p for p in every if self.rows[p].harm == harm], int)
+            inside = np.array([p for p, row in enumerate(self.rows) if row.harm == harm], np.int64)
             if len(inside):
                 self.parts[harm] = self._part(harm, inside)
 
@@ -298,4 +297,3 @@ class _Figure:
 def _short(value: Any) -> float:
     """Five digits: what a plot needs."""
     return float(f"{float(value):.5g}")
-

@@ -99,6 +99,7 @@ class Measuring(Building):
             "modes": list(stage.modes),
             "words": dict(stage.words),
             "world": self.recipe.world.plain(),
+            "prompting": self.prompting("auto", model),
             "seed": self.seed,
         }
         return self.step("margin", place, *self.of(name, model, config))

@@ -71,8 +71,15 @@ _CODE: dict[str, tuple[str, ...]] = {
     "generate": (*_ANSWERING, "study/steps/answering.py", "study/steps/panel.py"),
     "judge": ("world", "evaluate", "endpoint.py", "study/steps/answering.py", "study/steps/panel.py"),
     "probes": (*_ANSWERING, "evaluate", "analyze", "study/steps/analyze.py"),
-    "margin": (*_ANSWERING, "evaluate/metrics.py", "analyze", "study/steps/margin.py"),
-    "audit": (*_ANSWERING, "evaluate", "analyze", "study/steps/audit.py"),
+    "margin": (*_ANSWERING, "evaluate/metrics.py", "analyze", "study/steps/analyze.py", "study/steps/margin.py"),
+    "audit": (
+        *_ANSWERING,
+        "evaluate",
+        "analyze",
+        "study/steps/analyze.py",
+        "study/steps/margin.py",
+        "study/steps/audit.py",
+    ),
     "perplexity": (
         "world",
         "data",
