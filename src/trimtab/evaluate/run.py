@@ -342,7 +342,8 @@ def judge_stage(
                     stages.update(len(found), len(keys), f"{len(found)} of {len(keys)} answers")
         files.write_stage(path, header, [found[g.key] for g in evaluation.generations])
     with stages("metrics"):
-        records = [Record(evaluation.rows[g.row_id], g, files.verdict_of(found[g.key])) for g in evaluation.generations]
+        verdicts = {key: files.verdict_of(data) for key, data in found.items()}
+        records = replace(evaluation, verdicts=verdicts).records()
         cards = {j["id"]: j["card"] for j in header["judges"] if j["card"] is not None}
         figures = results(records)
         figures += corrected_results(records, figures, cards)

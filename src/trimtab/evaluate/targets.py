@@ -195,7 +195,7 @@ class LocalTarget(Target):
             "engine": engine,
             "prompting": prompting,
             "modes": sorted(self.switch.modes),
-        }
+        } | ({"behaves": dict(self.switch.behaves)} if self.switch.behaves else {})
 
     def _engine(self, where: str | Path | None, revision: str | None) -> Any:
         stops = self.renderer.stop_ids

@@ -22,6 +22,7 @@ HEADLINE = (
     "risk_rate",
     "refusal_rate",
     "constructive_score",
+    "switch_fidelity",
     "over_refusal_contrast_full",
     "over_refusal_benign_full",
     "accuracy",
@@ -76,7 +77,9 @@ def _pairs(
                 (id, TASK + task)
                 for task in tasks
                 for id in HEADLINE
-                if any(METRICS[id].applies(r.row) for r in ours if r.row.metadata["task"] == task)
+                if all(
+                    any(METRICS[id].of(r) for r in side if r.row.metadata["task"] == task) for side in (ours, theirs)
+                )
             ]
             for comparison in compare_family(theirs, ours, family):
                 if comparison.n:
