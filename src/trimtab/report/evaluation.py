@@ -159,7 +159,9 @@ class _Report:
             plain = [r for r in arm.reading.records if "attack" not in r.row.metadata]
             for task in dict.fromkeys(task_of(r.row) for r in plain):
                 shown = [
-                    (mode_name(r.generation.mode), behaviour_of(r.verdict)) for r in plain if task_of(r.row) == task
+                    (mode_name(r.generation.mode), behaviour_of(r.row.harm, r.verdict))
+                    for r in plain
+                    if task_of(r.row) == task
                 ]
                 yield Matrix.of(arm.id, task, shown)
 

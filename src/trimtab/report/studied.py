@@ -19,6 +19,7 @@ from trimtab.evaluate.metrics import TASK, Record, from_plain
 from trimtab.evaluate.mode_metrics import aim_of
 from trimtab.report import panels
 from trimtab.report.data import Place
+from trimtab.report.pulled import pulls_modes
 from trimtab.study.execute import STUDY, study_store
 from trimtab.types import Generation, Result, Row
 
@@ -53,6 +54,11 @@ class Studied:
         for stage, id in arm["stages"].items():
             if self.steps[id]["kind"] in kinds:
                 yield stage, self.artifacts[id]
+
+    @cached_property
+    def moded(self) -> bool:
+        """Whether the study pulls the mode lever."""
+        return pulls_modes(self.recipe)
 
     @property
     def gridded(self) -> bool:
@@ -113,7 +119,7 @@ class Studied:
         for arm in self.arms:
             for place, judged in self.judged[arm["id"]]:
                 if judged.id not in self._cell:
-                    self._cell[judged.id] = panels.Cell.of(self.records(judged))
+                    self._cell[judged.id] = panels.Cell.of(self.records(judged), self.moded)
                 found.by_arm[arm["id"], place.stage] = self._cell[judged.id]
         return found
 
