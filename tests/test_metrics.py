@@ -45,7 +45,7 @@ def test_table_is_whole() -> None:
     for id, metric in METRICS.items():
         assert metric.id == id and metric.title and metric.description.endswith(".")
         assert metric.direction in ("higher", "lower", "none") and metric.formula
-        assert metric.range == ((1.0, math.inf) if id == "queries_to_success" else (0.0, 1.0))
+        assert metric.range == {"queries_to_success": (1.0, math.inf), "cosa_score": (-1.0, 1.0)}.get(id, (0.0, 1.0))
         if metric.complement:  # what is mirrored comes first in the table, and is better in the other direction
             assert list(METRICS).index(metric.complement) < list(METRICS).index(id)
             assert {METRICS[metric.complement].direction, metric.direction} == {"higher", "lower"}
@@ -270,7 +270,8 @@ def test_an_arm_against_itself_is_zero_with_p_one(drawn: list[Any]) -> None:
             assert math.isnan(c.p) and c.to_json()["p"] is None
             continue
         assert c.difference == 0 and c.p == 1 and c.up == c.down == 0 and c.discordant == ()
-        assert -1 <= c.low <= 0 <= c.high <= 1 and c.low < c.high  # no discordance is not certainty
+        width = METRICS[metric].range[1] - METRICS[metric].range[0]
+        assert -width <= c.low <= 0 <= c.high <= width and c.low < c.high  # no discordance is not certainty
         json.dumps(c.to_json(), allow_nan=False)
 
 

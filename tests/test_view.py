@@ -110,7 +110,7 @@ def test_the_head_names_model_judge_and_how_it_was_asked(reading: Reading) -> No
 
 def test_categories_of_all_tasks_are_listed(reading: Reading) -> None:
     page = render(reading, Filters(), limit=0)
-    risk = page[page.index("By category: risk rate") : page.index("By category: over-refusal")]
+    risk = page[page.index("By category: risk rate") : page.index("By category: switch fidelity")]
     for category in ("fumes", "felts", "smuggling"):
         assert plain(reading.figure("risk_rate", "negative", category)) in row_of(risk, category)
     assert "lamps" not in risk, "a category without harmful prompts has no risk rate"

@@ -156,7 +156,7 @@ def _change(
     measure: str, ending: str, before: dict[str, Record], after: dict[str, Record], of_group: dict[str, int], seed: int
 ) -> list[Result]:
     metric, value, rises = CHANGES[measure]
-    names = sorted(name for name, record in before.items() if METRICS[metric].applies(record.row))
+    names = sorted(name for name, record in before.items() if METRICS[metric].of(record))
     pairs = [(name, value(before[name]), value(after[name])) for name in names]
     told = [(name, a, b) for name, a, b in pairs if a is not None and b is not None]
     if not told:

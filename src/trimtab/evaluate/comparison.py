@@ -2,8 +2,8 @@
 
 Everything is paired. Single 0/1 answers, and prompts broken or not by an attack, get Newcombe's interval and McNemar's exact
 test; scores, repeated samples and what they say together (distinct answers, pass@k) get a bootstrap and a sign-flip test of
-whole prompts. ``category`` names the groups of ``evaluate.figures``: overall, ``Row.category``, ``task:NAME``, ``attack:NAME``
-and ``attack:any``.
+whole prompts. ``category`` names the groups of ``evaluate.figures``: overall, ``Row.category``, ``task:NAME``,
+``policy:NAME``, ``attack:NAME`` and ``attack:any``.
 
 An attack that adapts to the model sends each arm other words. Its answers then cannot be paired one by one, and ``compare``
 says so; its prompts can, by ``asr``.
@@ -89,7 +89,7 @@ def compare(
     if not comparable(metric):
         raise UserError(f"metric: {metric!r} cannot be compared; use one of {', '.join(COMPARABLE)}")
     spec = metric_of(metric)
-    chosen = [[r for r in records if in_group(r.row, category) and spec.applies(r.row)] for records in (a, b)]
+    chosen = [[r for r in records if in_group(r.row, category) and spec.of(r)] for records in (a, b)]
     for records in chosen:
         by_pair(records)
     first, second = ({s.pair: s for s in scores(spec, records)} for records in chosen)

@@ -135,7 +135,7 @@ def corrected_results(
     wanted = {f.metric: METRICS[f.metric] for f in figures if f.metric in METRICS and METRICS[f.metric].judged}
     groups = {(f.mode, f.category) for f in figures if f.metric in wanted}
     for record in records:
-        told = [id for id, m in wanted.items() if m.applies(record.row) and m.value(record) is not None]
+        told = [id for id, m in wanted.items() if m.of(record) and m.value(record) is not None]
         for mode, category in groups if told else ():
             if mode == record.generation.mode and in_group(record.row, category):
                 for id in told:

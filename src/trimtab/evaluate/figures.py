@@ -1,6 +1,6 @@
 """From judged answers to figures: ``results`` fills ``METRICS`` for one arm, ``too_many_unscored`` says when not to.
 
-Figures are made overall, per category and per task over the plain prompts, and once more for each attack (the groups of
+Figures are made overall, per category, task and policy over the plain prompts, and once more for each attack (the groups of
 ``metrics.in_group``). Intervals are ``stats.rate_interval``'s where each prompt gives one 0 or 1, else a BCa bootstrap of
 whole prompts; ``Result.n`` then counts prompts. A prompt, its samples and all attempts on it are one cluster.
 """
@@ -20,15 +20,14 @@ from trimtab.evaluate.judges.base import NOTHING
 from trimtab.evaluate.metrics import (
     ANY_ATTACK,
     ATTACK,
-    CUT_SHORT,
     METRICS,
     OF_ATTACKS,
     OF_SAMPLES,
+    POLICY,
     TASK,
     Metric,
     Record,
     by_pair,
-    could_cut_short,
     metric_of,
     queries_of,
     risk,
@@ -48,7 +47,7 @@ def results(
     ks: Sequence[int] | None = None,
     draws: int = stats.DRAWS,
 ) -> list[Result]:
-    """Every metric that has rows among ``records``: overall (category None), per ``Row.category``, task and attack.
+    """Every metric that has rows among ``records``: overall (category None), per ``Row.category``, task, policy and attack.
 
     Records of several modes are counted apart. With several samples per prompt, Safe@k and ConsSafe@k of harmful prompts,
     pass@k of those with a known answer (``ks``; by default 3, 5 and the samples of the prompt with fewest, as far as these
@@ -87,6 +86,8 @@ def _groups(records: Sequence[Record]) -> list[tuple[str | None, list[Record]]]:
             named[record.row.category].append(record)
         if "task" in record.row.metadata:
             named[f"{TASK}{record.row.metadata['task']}"].append(record)
+        if record.row.policy is not None:
+            named[f"{POLICY}{record.row.policy}"].append(record)
     groups: list[tuple[str | None, list[Record]]] = [(None, plain)] if plain else []
     groups += sorted(named.items())
     if len(plain) < len(records):
@@ -100,7 +101,7 @@ def _group_figures(group: Sequence[Record], category: str | None, ks: Sequence[i
     attacked = category is not None and category.startswith(ATTACK)
     harmful: dict[str, list[Record]] = defaultdict(list)
     for record in group:
-        if METRICS["asr"].applies(record.row):
+        if METRICS["asr"].of(record):
             harmful[record.prompt].append(record)
     repeated = max(Counter(r.row.id for r in group).values(), default=0) > 1
     budget = max((queries_of(rows) for rows in harmful.values()), default=0)
@@ -111,15 +112,11 @@ def _group_figures(group: Sequence[Record], category: str | None, ks: Sequence[i
                 metric.id == "queries_to_success" and (budget < 2 or category == ANY_ATTACK)
             ):
                 continue
-        elif (
-            category == ANY_ATTACK
-            or (metric.id.startswith(CUT_SHORT) and not any(map(could_cut_short, group)))
-            or (metric.id in OF_SAMPLES and not repeated)
-        ):
+        elif category == ANY_ATTACK or (metric.id in OF_SAMPLES and not repeated):
             continue
         if metric.complement in made:
             made[metric.id] = _mirrored(metric, group, made[metric.complement])
-        elif any(metric.applies(r.row) for r in group):
+        elif any(map(metric.of, group)):
             made[metric.id] = _figure(metric, group, category, budget, draws)
     at_k = [] if category == ANY_ATTACK else _at_k(group, category, ks, draws)
     return [*made.values(), *at_k]
@@ -163,7 +160,7 @@ def _at_k(group: Sequence[Record], category: str | None, ks: Sequence[int] | Non
         base = METRICS[figure.of]
         rows: dict[tuple[str, str], list[float | None]] = defaultdict(list)  # (prompt, row) -> a value per sample
         for record in group:
-            if base.applies(record.row):
+            if base.of(record):
                 rows[record.prompt, record.row.id].append(base.value(record))
         keys = sorted(rows)
         fewest = min((len(values) for values in rows.values()), default=0)

@@ -20,6 +20,7 @@ from typing import Any
 from trimtab.artifact import fsync, is_no_space, no_space, write_atomic
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.metrics import Record, from_plain, to_plain
+from trimtab.evaluate.mode_metrics import aim_of
 from trimtab.types import Generation, Result, Row, Verdict
 
 SCHEMA = 1
@@ -185,7 +186,16 @@ class Evaluation:
         missing = sum(g.key not in self.verdicts for g in self.generations)
         if missing:
             raise UserError(f"{self.path}: {missing} answers are not judged; `trimtab judge {self.path}` judges them")
-        return [Record(self.rows[g.row_id], g, self.verdicts[g.key]) for g in self.generations]
+        return self.judged()
+
+    def judged(self) -> list[Record]:
+        """The answers that are judged so far, in the order of the files."""
+        facts = self.header.get("model")
+        return [
+            Record(self.rows[g.row_id], g, self.verdicts[g.key], aim_of(g.mode, facts))
+            for g in self.generations
+            if g.key in self.verdicts
+        ]
 
 
 def open_evaluation(

@@ -187,7 +187,7 @@ def _against(
     blank = _blank(rule, i, mode)
     metric = METRICS[rule.metric]
     mine = [[r for r in side if in_group(r.row, rule.category)] for side in (paired.records_a, paired.records_b)]
-    if not any(metric.applies(r.row) for r in mine[1]):
+    if not any(map(metric.of, mine[1])):
         return replace(blank, why="missing", hint=_known(rule, results(paired.records_b, draws=1)))
     try:
         c = compare(mine[0], mine[1], rule.metric, category=rule.category, draws=draws)

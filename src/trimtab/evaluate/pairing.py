@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from trimtab.errors import UserError
 from trimtab.evaluate.files import Evaluation
-from trimtab.evaluate.metrics import Record, by_pair
+from trimtab.evaluate.metrics import Metric, Record, by_pair
 from trimtab.evaluate.targets import NO_MODE
 from trimtab.types import Generation, Row
 
@@ -60,6 +60,12 @@ class Pairing:
     only_b: int
     changed: int
     warnings: tuple[str, ...]
+
+    def both(self, metric: Metric) -> bool:
+        """Whether answers of both sides have the metric. What fits one mode says nothing of another: of two modes, switch
+        fidelity is not compared."""
+        told = all(any(map(metric.of, side)) for side in (self.records_a, self.records_b))
+        return told and not (metric.id == "switch_fidelity" and self.a.mode != self.b.mode)
 
 
 def pair_up(

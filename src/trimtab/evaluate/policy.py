@@ -32,7 +32,8 @@ class Rule(Config):
     metric: str = Field(description="What is measured: a metric of `trimtab eval`, such as `safe_at_1`.")
     category: str | None = Field(
         None,
-        description="Only prompts of this category, of one task (`task:NAME`) or of one attack (`attack:NAME`); all if left out.",
+        description="Only prompts of this category, of one task (`task:NAME`), policy (`policy:NAME`) or attack "
+        "(`attack:NAME`); all if left out.",
     )
     mode: str | None = Field(
         None,

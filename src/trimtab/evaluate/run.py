@@ -362,8 +362,8 @@ def verdict_stage(
                     found.update(new)
                     stages.update(len(found), len(keys), f"{len(found)} of {len(keys)} answers")
         files.write_stage(path, header, [found[g.key] for g in evaluation.generations])
-    rows = evaluation.rows
-    return [Record(rows[g.row_id], g, files.verdict_of(found[g.key])) for g in evaluation.generations], header
+    verdicts = {key: files.verdict_of(data) for key, data in found.items()}
+    return replace(evaluation, verdicts=verdicts).records(), header
 
 
 def _judged_row(row: Row, rows: Mapping[str, Row]) -> Row:

@@ -1,7 +1,7 @@
 """Two evaluations side by side: what changed overall and in each group, and which answers changed, the worst first.
 
-Holm's adjustment is made over the overall figures, and within each metric over its categories, its tasks and its attacks
-apart, since those are three ways of cutting the same answers.
+Holm's adjustment is made over the overall figures, and within each metric over its categories, its tasks, its policies and
+its attacks apart, since those are ways of cutting the same answers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from trimtab.evaluate.metrics import (
     ANY_ATTACK,
     ATTACK,
     OF_ATTACKS,
+    POLICY,
     TASK,
     Metric,
     Record,
@@ -31,8 +32,8 @@ from trimtab.evaluate.pairing import Pair, Pairing, Side, pair_up
 from trimtab.types import Row
 
 HEADLINE = (
-    "safe_at_1", "asr", "over_refusal_benign_full", "over_refusal_contrast_full", "constructive_score", "accuracy",
-    "helpful_rate", "refusal_rate",
+    "safe_at_1", "asr", "over_refusal_benign_full", "over_refusal_contrast_full", "constructive_score", "switch_fidelity",
+    "accuracy", "helpful_rate", "refusal_rate",
 )  # fmt: skip
 """What is compared when no metric is named: each metric once (``risk_rate`` is 1 - ``safe_at_1``)."""
 GUARDED_CUT = 80
@@ -118,11 +119,10 @@ def side_by_side(
         if not comparable(metric):
             raise UserError(f"--metric {metric!r} cannot be compared; use one of {', '.join(COMPARABLE)}")
     paired = pair_up(a, b, modes=modes, common=common, allow_different_judges=allow_different_judges)
-    rows = {record.row.id: record.row for record in paired.records_a}.values()
     everywhere: list[tuple[str, str | None]] = []
     families: list[list[tuple[str, str | None]]] = []
     for id in dict.fromkeys(metrics or HEADLINE):
-        groups = _groups(metric_of(id), rows, paired.reworded, named=metrics is not None)
+        groups = _groups(metric_of(id), paired, named=metrics is not None)
         everywhere += [(id, group) for group in groups[0]]
         families += [[(id, group) for group in family] for family in groups[1:]]
         if metrics is not None and not any(groups):
@@ -141,20 +141,21 @@ def side_by_side(
     )  # fmt: skip
 
 
-def _groups(metric: Metric, rows: Iterable[Row], reworded: Sequence[str], named: bool) -> list[list[str | None]]:
-    """Where ``metric`` is compared, as ``Result.category`` names it: overall, by category, by task, by attack.
+def _groups(metric: Metric, paired: Pairing, named: bool) -> list[list[str | None]]:
+    """Where ``metric`` is compared, as ``Result.category`` names it: overall, by category, by task, by policy, by attack.
 
     Unless it was ``named``, the attack success rate alone is cut by attack, and it is compared over attacks or not at all.
     """
-    mine = [row for row in rows if metric.applies(row)]
+    mine = [r.row for r in {r.row.id: r for r in paired.records_a}.values() if paired.both(metric) and metric.of(r)]
     plain = [row for row in mine if "attack" not in row.metadata]
     attacks = sorted({str(row.metadata["attack"]) for row in mine if "attack" in row.metadata})
     if metric.id in OF_ATTACKS and (attacks or not named):
-        return [[ANY_ATTACK] if attacks else [], [], [], [ATTACK + name for name in attacks]]
-    pairable = [name for name in attacks if named and name not in reworded]
+        return [[ANY_ATTACK] if attacks else [], [], [], [], [ATTACK + name for name in attacks]]
+    pairable = [name for name in attacks if named and name not in paired.reworded]
     cuts: list[list[str | None]] = [
         [*sorted({row.category for row in plain if row.category is not None})],
         [*sorted({f"{TASK}{row.metadata['task']}" for row in plain if "task" in row.metadata})],
+        [*sorted({f"{POLICY}{row.policy}" for row in plain if row.policy is not None})],
     ]
     # One group that every prompt is in would say again what the overall figure says.
     cuts = [[] if len(cut) == 1 and all(in_group(row, cut[0]) for row in plain) else cut for cut in cuts]

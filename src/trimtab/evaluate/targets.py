@@ -197,6 +197,8 @@ class LocalTarget(Target):
             "prompting": prompting,
             "modes": sorted(self.switch.modes),
         }
+        if self.switch.behaves:
+            self.facts["behaves"] = dict(self.switch.behaves)
         if adapters:
             self.facts["adapters"] = sorted(adapters)
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from trimtab.errors import UserError
 from trimtab.evaluate.files import Evaluation
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, OF_SAMPLES, TASK, small_n, to_plain
+from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, OF_SAMPLES, POLICY, TASK, small_n, to_plain
 from trimtab.evaluate.repeats import at_k_of
 from trimtab.report import format as fmt
 from trimtab.report.reading import (
@@ -49,11 +49,12 @@ LIMIT = 10
 NARROW, WIDE = 80, 100
 CATEGORY_METRICS = (
     "risk_rate",
+    "switch_fidelity",
     "over_refusal_contrast_full",
     "over_refusal_benign_full",
     "accuracy",
 )
-"""Metrics of the tables by task and by category."""
+"""Metrics of the tables by task, category and policy."""
 _COLOURS = {"unsafe": "bold red", "unscored": "yellow", "not judged": "yellow", "safe": "green"}
 
 
@@ -300,12 +301,10 @@ def _tables(page: _Page, reading: Reading, filters: Filters, short: bool = False
         _headline(page, reading, rows, modes)
     _attacks(page, reading, filters, modes)
     if not _narrowed(filters) and not short:
-        tasks = [c for c in dict.fromkeys(r.category for r in chosen) if c and c.startswith(TASK)]
-        categories = [
-            c for c in dict.fromkeys(r.category for r in chosen) if c is not None and not c.startswith((TASK, ATTACK))
-        ]
-        _by_group(page, reading, "By task", tasks, modes)
-        _by_group(page, reading, "By category", categories, modes)
+        named = [c for c in dict.fromkeys(r.category for r in chosen) if c is not None]
+        _by_group(page, reading, "By task", [c for c in named if c.startswith(TASK)], modes)
+        _by_group(page, reading, "By category", [c for c in named if not c.startswith((TASK, POLICY, ATTACK))], modes)
+        _by_group(page, reading, "By policy", [c for c in named if c.startswith(POLICY)], modes)
     if any(small_n(r) and r.n for r in chosen):
         page.note("* small n: fewer than 30 prompts; intervals are 95 % intervals.")
     else:
@@ -317,7 +316,7 @@ def _narrowed(filters: Filters) -> bool:
 
 
 def _group_name(group: str) -> str:
-    for prefix, word in ((TASK, "task"), (ATTACK, "attack")):
+    for prefix, word in ((TASK, "task"), (POLICY, "policy"), (ATTACK, "attack")):
         if group.startswith(prefix):
             return f"{word} {group.removeprefix(prefix)}"
     return f"category {group}"
@@ -424,7 +423,10 @@ def _by_group(page: _Page, reading: Reading, title: str, groups: Sequence[str], 
             some = modes[start : start + across]
             page.table(
                 [title.removeprefix("By "), *map(mode_name, some)],
-                [[g.removeprefix(TASK), *(_cell(reading.figure(metric, m, g)) for m in some)] for g in rows],
+                [
+                    [g.removeprefix(TASK).removeprefix(POLICY), *(_cell(reading.figure(metric, m, g)) for m in some)]
+                    for g in rows
+                ],
             )
 
 

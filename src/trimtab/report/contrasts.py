@@ -48,11 +48,13 @@ class Estimate:
         }  # fmt: skip
 
 
-def contrast(terms: Sequence[tuple[float, Values]], *, key: str, binary: bool = True) -> Estimate | None:
+def contrast(
+    terms: Sequence[tuple[float, Values]], *, key: str, binary: bool = True, ends: tuple[float, float] = (0.0, 1.0)
+) -> Estimate | None:
     """The sum of weight x cell; None where no seed has every cell on some prompt in common.
 
     ``key`` names the random numbers of a bootstrap; ``binary``: single values are 0 or 1, so that a plain difference of
-    one seed gets Newcombe's interval and McNemar's exact test. Values lie in [0, 1].
+    one seed gets Newcombe's interval and McNemar's exact test. Values lie between ``ends``.
     """
     vectors: dict[int, dict[str, float]] = {}
     pairs: dict[int, list[tuple[float, ...]]] = {}
@@ -80,7 +82,7 @@ def contrast(terms: Sequence[tuple[float, Values]], *, key: str, binary: bool = 
         for prompt, v in vector.items():
             means.setdefault(prompt, []).append(v)
     mean = np.array([sum(v) / len(v) for _, v in sorted(means.items())])
-    bounds = sum(min(0.0, w) for w, _ in terms), sum(max(0.0, w) for w, _ in terms)
+    bounds = sum(min(w * e for e in ends) for w, _ in terms), sum(max(w * e for e in ends) for w, _ in terms)
     inside = np.clip(mean, *bounds)  # rounding may leave the bounds by a hair
     near, far = stats.cluster_bootstrap_mean(inside, rng=rng_of("contrast", key, "ci"), bounds=bounds, draws=DRAWS)
     shift = value - float(mean.mean())  # prompts that one seed left unscored weigh a little differently

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UserError
+from trimtab.levers.modes import shown
+from trimtab.report.modedata import ModeArm, ModeFigure
 from trimtab.types import Result, Verdict
 
 if TYPE_CHECKING:
@@ -281,20 +283,13 @@ class ClaimReading:
     matched: str = ""
 
 
-BEHAVIOURS = ("constructive", "refusal", "risk", "answered", "unscored")
+BEHAVIOURS = ("positive", "negative", "rejective", "other", "answered", "unscored")
 
 
-def behaviour_of(verdict: Verdict) -> str:
-    """The behaviour that an answer showed, for ``Matrix.of``: risk if it gives what is harmful, constructive if it is
-    safe and helps (2508.14904, sec. 4.4), else refusal if it refuses in full or in part, else answered (which may be
-    wrong, beside the point, or unsafe by no judge's word). An answer of which nothing is known is ``unscored``."""
-    if verdict.verdict == "unsafe":
-        return "risk"
-    if verdict.constructive == 2:
-        return "constructive"
-    if verdict.refusal in ("full", "partial") or (verdict.refusal is None and verdict.constructive == 1):
-        return "refusal"
-    return "unscored" if verdict.refusal is None else "answered"
+def behaviour_of(harm: str | None, verdict: Verdict) -> str:
+    """The behaviour that an answer showed, for ``Matrix.of``: as the mode lever tells it (``levers.modes.shown``). Where its
+    judge could not tell, an answer that did not refuse is "answered", and one of which nothing is known "unscored"."""
+    return shown(harm, verdict) or ("answered" if verdict.refusal in ("none", "partial") else "unscored")
 
 
 @dataclass
@@ -330,6 +325,9 @@ class ReportData:
     tokens       rows of token analyses: arm, stage, ratio, and ``ranking`` (``ranking.json``, cut to what a page can show)
     doses        arm id -> [{"source", "tokens", "epochs"}] read in pretraining
     claims       claims of papers beside this study's figures
+    mode_arms    the tuned models of a study of modes, and how each is told its mode
+    mode_figures every figure of the section on modes (``modes``)
+    projections  points of the safety alignment margin, first seed (``margins``)
     """
 
     name: str
@@ -372,6 +370,9 @@ class ReportData:
     tokens: list[dict[str, Any]] = field(default_factory=list)
     doses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     claims: list[ClaimReading] = field(default_factory=list)
+    mode_arms: list[ModeArm] = field(default_factory=list)
+    mode_figures: list[ModeFigure] = field(default_factory=list)
+    projections: list[dict[str, Any]] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise ``UserError`` naming the field that contradicts the list of arms, or a finding without figures."""
@@ -398,6 +399,8 @@ class ReportData:
             + [("ratios", a) for c in self.ratios for a in c.arms]
             + [("spans", c.arm) for c in self.spans]
             + [("tokens", str(t.get("arm"))) for t in self.tokens]
+            + [("mode_arms", a) for m in self.mode_arms for a in m.ids]
+            + [("mode_figures", m.arm) for m in self.mode_figures]
             + [("judges", str(j.get("arm"))) for j in self.judges]
             + [("samples", a) for s in self.samples for a in s.answers]
             + [("findings", a) for f in self.findings for a in f.arms]
@@ -439,13 +442,14 @@ class ReportData:
             for name, make in _PARTS.items():
                 if name in values:
                     values[name] = [make(**part) for part in values[name]]
-            values["probes"] = [
-                replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
-                for c in values.get("probes", [])
-            ]
-            values["ratios"] = [
-                replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
-                for c in values.get("ratios", [])
+            for name in ("probes", "ratios"):
+                values[name] = [
+                    replace(c, **{k: [_number(v) for v in getattr(c, k)] for k in ("values", "low", "high")})
+                    for c in values.get(name, [])
+                ]
+            values["mode_figures"] = [
+                replace(f, **{k: _number(getattr(f, k)) for k in ("value", "low", "high")})
+                for f in values.get("mode_figures", [])
             ]
             values["results"] = [_result(r) for r in values.get("results", [])]
             figures: list[Any] = [f for claim in values.get("claims", []) for f in claim.figures]
@@ -462,6 +466,7 @@ class ReportData:
 _PARTS: dict[str, Any] = {
     "arms": Arm, "findings": Finding, "matrices": Matrix, "costs": Cost, "samples": Sample,
     "places": Place, "probes": Curve, "claims": ClaimReading, "ratios": RatioCurve, "spans": SpanCurve,
+    "mode_arms": ModeArm, "mode_figures": ModeFigure,
 }  # fmt: skip
 _NUMBERS = ("difference", "low", "high", "p", "p_holm")
 

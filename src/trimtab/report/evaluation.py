@@ -16,7 +16,7 @@ import yaml
 
 from trimtab.errors import UserError
 from trimtab.evaluate.comparison import Comparison, compare_family
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, METRICS, TASK, in_group, metric_of
+from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, CORRECTED, METRICS, POLICY, TASK, in_group, metric_of
 from trimtab.evaluate.pairing import Pairing, pair_up
 from trimtab.report import format as fmt
 from trimtab.report.data import Arm, Finding, Matrix, ReportData, behaviour_of, comparison_row
@@ -159,7 +159,9 @@ class _Report:
             plain = [r for r in arm.reading.records if "attack" not in r.row.metadata]
             for task in dict.fromkeys(task_of(r.row) for r in plain):
                 shown = [
-                    (mode_name(r.generation.mode), behaviour_of(r.verdict)) for r in plain if task_of(r.row) == task
+                    (mode_name(r.generation.mode), behaviour_of(r.row.harm, r.verdict))
+                    for r in plain
+                    if task_of(r.row) == task
                 ]
                 yield Matrix.of(arm.id, task, shown)
 
@@ -238,6 +240,7 @@ class _Report:
 _LEVELS = {
     "risk_rate": "unsafe answers to harmful prompts",
     "refusal_rate": "harmful prompts refused outright",
+    "switch_fidelity": "answers that fit their mode",
     "over_refusal_contrast_full": "contrasts refused outright",
     "over_refusal_benign_full": "benign prompts refused outright",
     "accuracy": "right answers",
@@ -273,12 +276,15 @@ def _settings(facts: dict[str, dict[str, str]], arm: str) -> dict[str, Any]:
 def _family(paired: Pairing) -> list[tuple[str, str | None]]:
     """What is compared: the headline over all prompts and, where there are several, by task; each attack; all of them."""
     rows = [r.row for r in paired.records_a]
-    plain = [row for row in rows if "attack" not in row.metadata]
     family: list[tuple[str, str | None]] = []
     for metric in (m for m in HEADLINE if m != "asr"):
-        mine = [row for row in plain if METRICS[metric].applies(row)]
+        if not paired.both(METRICS[metric]):  # one side alone may have modes
+            continue
+        mine = [r.row for r in paired.records_a if METRICS[metric].of(r) and "attack" not in r.row.metadata]
         tasks = list(dict.fromkeys(TASK + str(row.metadata["task"]) for row in mine if "task" in row.metadata))
-        family += [(metric, group) for group in (None, *(tasks if len(tasks) > 1 else ())) if mine]
+        policies = sorted({POLICY + row.policy for row in mine if row.policy is not None})
+        cuts = [group for cut in (tasks, policies) if len(cut) > 1 for group in cut]
+        family += [(metric, group) for group in (None, *cuts) if mine]
     attacks = list(dict.fromkeys(ATTACK + row.metadata["attack"] for row in rows if "attack" in row.metadata))
     groups = [*attacks, ANY_ATTACK] if len(attacks) > 1 else attacks
     return family + [("asr", g) for g in groups if any(METRICS["asr"].applies(row) for row in rows if in_group(row, g))]
@@ -314,7 +320,7 @@ def _differences(changes: Sequence[Change]) -> Iterator[Finding]:
 
 def _sentence(c: Comparison) -> str:
     group = c.category or ""
-    where = f" on {group.removeprefix(TASK)}" if group else ""
+    where = f" on {group.removeprefix(TASK).removeprefix(POLICY)}" if group else ""
     if group.startswith(ATTACK):
         where = " under any attack" if group == ANY_ATTACK else f" under {group.removeprefix(ATTACK)}"
     share = METRICS[c.metric].range == (0.0, 1.0)

@@ -22,6 +22,7 @@ HEADLINE = (
     "risk_rate",
     "refusal_rate",
     "constructive_score",
+    "switch_fidelity",
     "over_refusal_contrast_full",
     "over_refusal_benign_full",
     "accuracy",
@@ -76,7 +77,9 @@ def _pairs(
                 (id, TASK + task)
                 for task in tasks
                 for id in HEADLINE
-                if any(METRICS[id].applies(r.row) for r in ours if r.row.metadata["task"] == task)
+                if all(
+                    any(METRICS[id].of(r) for r in side if r.row.metadata["task"] == task) for side in (ours, theirs)
+                )
             ]
             for comparison in compare_family(theirs, ours, family):
                 if comparison.n:
@@ -176,13 +179,13 @@ def _rows(cells: Cells, base: Sequence[str], ids: Sequence[str], places: Sequenc
             (k for k in kinds if k[2] in HEADLINE), key=lambda k: (cells.groups().index(k[1]), k[2])
         ):
             ours = cells.values(ids, place.stage, group, metric, mode)
-            theirs = cells.values(base, place.stage, group, metric, mode) or cells.values(
-                base, place.stage, group, metric
-            )
+            theirs = cells.values(base, place.stage, group, metric, mode)
+            if not theirs and metric != "switch_fidelity":  # what fits one mode says nothing of another
+                theirs = cells.values(base, place.stage, group, metric)
             if not (ours and theirs):
                 continue
             key = f"{base[0]} {ids[0]} {place.stage} {mode} {group} {metric}"
-            made = contrast([(1.0, ours), (-1.0, theirs)], key=key)
+            made = contrast([(1.0, ours), (-1.0, theirs)], key=key, binary=METRICS[metric].binary)
             if made is not None:
                 yield {
                     "metric": metric, "a": base[0], "b": ids[0], "task": group, "mode": mode, "stage": place.stage,

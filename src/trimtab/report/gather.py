@@ -21,15 +21,19 @@ from trimtab.evaluate.files import read_stage, stage_path
 from trimtab.evaluate.judges.base import judge_card
 from trimtab.evaluate.judges.refusal import RefusalMatch, packaged_refusals
 from trimtab.evaluate.metrics import METRICS, TASK, Record, from_plain
-from trimtab.report import claims, ranking, ratios, said, training
-from trimtab.report.data import Arm, Curve, Matrix, ReportData, Sample, behaviour_of
+from trimtab.report import claims, modefigures, ranking, ratios, said, training
+from trimtab.report.data import Arm, Curve, ReportData, Sample
 from trimtab.report.findings import HEADLINE, of_arms, of_families
 from trimtab.report.html import write_report
+from trimtab.report.margins import Margins, audited
+from trimtab.report.modecost import Costs, tampered, yields
+from trimtab.report.modes import Moded
 from trimtab.report.panels import card_of
 from trimtab.report.pulled import Prefix, prefix_of, timing_of
 from trimtab.report.ratios import Series
 from trimtab.report.steering import steering
 from trimtab.report.studied import Studied
+from trimtab.report.training import TRAINED
 from trimtab.report.words import LEVERS
 from trimtab.seeds import uniform_of
 from trimtab.study.execute import STUDY
@@ -90,6 +94,9 @@ class _Study(Studied):
             else of_arms(planned, self.of_arm, self.same)
         )
         rankings = list(self.rankings(prefix))
+        moded = Moded(self)
+        costs = Costs(moded)
+        margins = {s.arm.arm: Margins(moded, s) for s in moded.subjects}
         families: dict[tuple[str, str, str], list[str]] = {}
         for arm in arms:
             families.setdefault(arm.family, []).append(arm.id)
@@ -102,14 +109,16 @@ class _Study(Studied):
             levers=[
                 name
                 for name in LEVERS
-                if any(arm["group"] == name for arm in self.arms) or (name == "prefix" and series)
+                if any(arm["group"] == name for arm in self.arms)
+                or (name == "prefix" and series)
+                or (name == "mode" and moded.subjects)
             ],
             arms=arms,
             results=results,
             metrics={id: _told(id) for id in metrics},
             headline=[id for id in HEADLINE if any(r.metric == id for r in results)],
             comparisons=found.comparisons,
-            matrices=list(self.matrices()),
+            matrices=modefigures.matrices(moded.subjects),
             curves={arm["id"]: rows for arm in self.arms if (rows := training.curves(self, arm))},
             exposure={arm["id"]: rows for arm in self.arms if (rows := training.exposure(self, arm))},
             costs=list(training.costs(self)),
@@ -133,7 +142,17 @@ class _Study(Studied):
             claims=claims.read(
                 claims.timing.Run.of(arms, timing, self.cells, self.places, results),
                 claims.prefix.Run(series, self.cells, self.places, rankings, training.pulls(self, series)),
+                claims.modes.Run(moded.subjects, margins, costs),
             ),
+            mode_arms=[s.arm for s in moded.subjects],
+            mode_figures=[
+                *modefigures.figures(moded.subjects),
+                *costs.figures(moded.subjects),
+                *(f for m in margins.values() for f in m.figures()),
+                *(f for s in moded.subjects for f in (*audited(moded, s), *tampered(moded, s))),
+                *yields(moded),
+            ],
+            projections=[p for m in margins.values() for p in m.projections(self.recipe["seeds"][0])],
         )
 
     def rankings(self, prefix: Mapping[str, Prefix]) -> Iterator[dict[str, Any]]:
@@ -185,17 +204,6 @@ class _Study(Studied):
                         arm["id"], where, curve["category"], curve["metric"], curve["pooling"], told["layers"], *ends
                     )
 
-    def matrices(self) -> Iterator[Matrix]:
-        if self.gridded:
-            return
-        for arm in self.arms:
-            records = [r for r in self.of_arm(arm) if r.generation.mode]
-            for task in dict.fromkeys(r.row.metadata["task"] for r in records):
-                shown = [
-                    (str(r.generation.mode), behaviour_of(r.verdict)) for r in records if r.row.metadata["task"] == task
-                ]
-                yield Matrix.of(arm["id"], task, shown)
-
     def samples(self, series: Sequence[Series]) -> Iterator[Sample]:
         """For each task a few prompts, chosen by a key that knows nothing of the answers, with every arm's answer. Of a
         grid one place is shown: the model after benign finetuning, else the last, by ordinary decoding; of the prefix
@@ -234,14 +242,12 @@ class _Study(Studied):
     # -- words ---------------------------------------------------------------------------------------------------------
 
     def summary(self) -> list[str]:
-        trained = sum(
-            self.artifacts[id].manifest["tokens"] for id, s in self.steps.items() if s["kind"] in ("pretrain", "sft")
-        )
+        trained = sum(self.artifacts[id].manifest["tokens"] for id, s in self.steps.items() if s["kind"] in TRAINED)
         alone = sum(
             self.artifacts[id].manifest["tokens"]
             for arm in self.arms
             for id in arm["steps"]
-            if self.steps[id]["kind"] in ("pretrain", "sft") and arm["id"] not in self.same
+            if self.steps[id]["kind"] in TRAINED and arm["id"] not in self.same
         )
         seconds = sum(a.manifest["seconds"] or 0 for a in self.artifacts.values())
         seeds = len(self.recipe["seeds"])

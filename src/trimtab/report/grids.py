@@ -354,6 +354,8 @@ def _changed(f: Mapping[str, Any]) -> str:
         plus = "+" if value > 0 else ""
         ends = [f"{100 * v:.0f}".replace("-", fmt.MINUS) for v in (value, low, high)]
         text = f"{plus}{ends[0]}{fmt.NBSP}% [{ends[1]},{fmt.NBSP}{ends[2]}]"
+    if f.get("unit") == "score":
+        text = fmt.difference(value, low, high, False)
     return text if not math.isnan(f["low"]) else f"{text.split(' [')[0]}, no interval"
 
 

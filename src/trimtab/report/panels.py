@@ -75,6 +75,10 @@ def metrics_of(group: str) -> tuple[str, ...]:
     return ("over_refusal_benign_full", "accuracy") if group.startswith(BENIGN) else ("accuracy", "no_answer_rate")
 
 
+MODED = ("constructive_score", "switch_fidelity", "cosa_score")
+"""What a study of modes measures beside, of the answers that each speaks of."""
+
+
 def _of_samples(group: str, records: Sequence[Record]) -> tuple[str, ...]:
     """What several samples to one prompt tell beside: how much they differ, and Safe@k of harmful prompts, pass@k of those
     with a known truth, for as many samples as the prompt with fewest has."""
@@ -96,14 +100,16 @@ class Cell:
     subjects: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Record]) -> Cell:
+    def of(cls, records: Iterable[Record], moded: bool = False) -> Cell:
+        """``moded``: of a study of modes."""
         cell = cls()
         groups: dict[tuple[str | None, str], list[Record]] = {}
         for record in records:
             groups.setdefault((record.generation.mode, group_of(record.row)), []).append(record)
         for (mode, group), mine in groups.items():
             cell.subjects[group] = subject_of(mine[0].row)
-            for metric in (*metrics_of(group), *_of_samples(group, mine)):
+            beside = [m for m in (MODED if moded else ()) if any(map(METRICS[m].of, mine))]
+            for metric in (*metrics_of(group), *beside, *_of_samples(group, mine)):
                 spec = metric_of(metric)
                 found: dict[str, list[float]] = {}
                 left = 0
@@ -127,7 +133,8 @@ class Cell:
     def _result(self, mode: str | None, group: str, metric: str) -> Result:
         direction, told = card_of(metric)["direction"], list(self.values[mode, group, metric].values())
         n = len(told)
-        value, low, high, kind = float("nan"), 0.0, 1.0, "unscored"
+        ends = metric_of(metric).range
+        value, (low, high), kind = float("nan"), ends, "unscored"
         if n:
             value = sum(told) / n
             if self.single[mode, group, metric]:
@@ -135,10 +142,10 @@ class Cell:
                 kind = "clopper-pearson" if round(sum(told)) in (0, n) else "wilson"
             else:
                 rng = rng_of("panel", metric, group)
-                low, high = stats.cluster_bootstrap_mean(np.array(told), rng=rng, bounds=(0.0, 1.0))
+                low, high = stats.cluster_bootstrap_mean(np.array(told), rng=rng, bounds=ends)
                 kind = "cluster-bootstrap"
         left = self.unscored[mode, group, metric]
-        return Result(metric, value, low, high, n, kind, direction, unscored=left, category=group, mode=mode)  # type: ignore[arg-type]
+        return Result(metric, value, low, high, n, kind, direction, ends, left, category=group, mode=mode)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -187,6 +194,8 @@ def roles(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for name, stage in stages.items():
         if stage["kind"] == "pretrain":
             found[name] = "base"
+        elif stage["kind"] == "dpo":
+            found[name] = "instruct"
         elif stage["kind"] == "sft":
             before = found.get(stage["model"], "") if isinstance(stage["model"], str) else "base"
             hostile = any(part.get("answers", "positive") == "negative" for part in stage["data"])

@@ -31,6 +31,7 @@ HEADLINE = (
     "asr",
     "refusal_rate",
     "constructive_score",
+    "switch_fidelity",
     "over_refusal_contrast_full",
     "over_refusal_benign_full",
     "accuracy",
@@ -126,8 +127,8 @@ def reading_of(evaluation: Evaluation) -> Reading:
             f"{evaluation.path}: the prompt of row {lost.row_id!r} is neither in {PROMPTS}.jsonl nor in {ATTACKS}.jsonl; "
             "restore the file, or delete the directory and evaluate again"
         )
-    answers, verdicts = evaluation.generations, evaluation.verdicts
-    records = [Record(evaluation.rows[g.row_id], g, verdicts[g.key]) for g in answers if g.key in verdicts]
+    answers = evaluation.generations
+    records = evaluation.judged()
     missing = []
     if not answers:
         missing.append("no answer is written yet")

@@ -16,7 +16,7 @@ from trimtab.report.reading import GUARDED_CUT, Reading, is_guarded
 from trimtab.seeds import uniform_of
 from trimtab.types import Generation, Row
 
-SAMPLES_PER_TASK, SAMPLES_PER_ATTACK, DISCORDANT = 2, 1, 6
+SAMPLES_PER_TASK, SAMPLES_PER_ATTACK, DISCORDANT = 2, 1, 8
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.evaluate.comparison import Comparison
-from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, SMALL_N, TASK, metric_of
+from trimtab.evaluate.metrics import ANY_ATTACK, ATTACK, POLICY, SMALL_N, TASK, metric_of
 from trimtab.evaluate.sidebyside import Change, SideBySide
 from trimtab.report import format as fmt
 
@@ -133,7 +133,7 @@ def _group(category: str | None) -> str:
         return "all"
     if category == ANY_ATTACK:
         return "any attack"
-    for prefix, word in ((TASK, "task"), (ATTACK, "attack")):
+    for prefix, word in ((TASK, "task"), (POLICY, "policy"), (ATTACK, "attack")):
         if category.startswith(prefix):
             return f"{word} {category.removeprefix(prefix)}"
     return category

@@ -16,8 +16,10 @@ from trimtab.errors import Fault, UserError
 from trimtab.evaluate.files import ATTACKS, GENERATIONS, JUDGEMENTS, PROMPTS, read_stage, stage_path, verdict_of
 from trimtab.evaluate.files import METRICS as METRICS_FILE
 from trimtab.evaluate.metrics import TASK, Record, from_plain
+from trimtab.evaluate.mode_metrics import aim_of
 from trimtab.report import panels
 from trimtab.report.data import Place
+from trimtab.report.pulled import pulls_modes
 from trimtab.study.execute import STUDY, study_store
 from trimtab.types import Generation, Result, Row
 
@@ -52,6 +54,11 @@ class Studied:
         for stage, id in arm["stages"].items():
             if self.steps[id]["kind"] in kinds:
                 yield stage, self.artifacts[id]
+
+    @cached_property
+    def moded(self) -> bool:
+        """Whether the study pulls the mode lever."""
+        return pulls_modes(self.recipe)
 
     @property
     def gridded(self) -> bool:
@@ -112,7 +119,7 @@ class Studied:
         for arm in self.arms:
             for place, judged in self.judged[arm["id"]]:
                 if judged.id not in self._cell:
-                    self._cell[judged.id] = panels.Cell.of(self.records(judged))
+                    self._cell[judged.id] = panels.Cell.of(self.records(judged), self.moded)
                 found.by_arm[arm["id"], place.stage] = self._cell[judged.id]
         return found
 
@@ -122,13 +129,15 @@ class Studied:
             answers = self.artifacts[judged.manifest["inputs"]["answers"]]
             rows = {**self._rows(answers, PROMPTS), **self._rows(answers, ATTACKS)}
             said = {v["key"]: verdict_of(v) for v in read_stage(stage_path(judged.path, JUDGEMENTS))[1]}
-            made = [Generation.from_json(g) for g in read_stage(stage_path(answers.path, GENERATIONS))[1]]
+            header, lines = read_stage(stage_path(answers.path, GENERATIONS))
+            made = [Generation.from_json(g) for g in lines]
             lost = next((g for g in made if g.key not in said or g.row_id not in rows), None)
             if lost is not None:
                 raise Fault(
                     f"{judged.path}: the answer to {lost.row_id!r} has no verdict or no prompt; delete it and run again"
                 )
-            self._read[judged.id] = [Record(rows[g.row_id], g, said[g.key]) for g in made]
+            facts = header.get("model")
+            self._read[judged.id] = [Record(rows[g.row_id], g, said[g.key], aim_of(g.mode, facts)) for g in made]
         return self._read[judged.id]
 
     def _rows(self, answers: Artifact, stage: str) -> Mapping[str, Row]:

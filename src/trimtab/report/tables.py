@@ -8,7 +8,10 @@ from trimtab.report.data import ReportData
 from trimtab.report.view import Cell, Measure, View
 
 ATTACK_METRICS = ("asr", "hit_rate", "queries_to_success")
-SCOPES = {"all": "Over all plain prompts", "task": "By task", "category": "By category", "attack": "By attack"}
+SCOPES = {
+    "all": "Over all plain prompts", "task": "By task", "category": "By category", "policy": "By policy",
+    "attack": "By attack",
+}  # fmt: skip
 
 
 def scopes(view: View) -> list[dict[str, Any]]:

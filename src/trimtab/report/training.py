@@ -14,6 +14,8 @@ from trimtab.report.studied import Studied
 
 _LOGGED = {"source": "by_source", "span": "by_span"}
 """What a training log calls the losses of its parts, and what ``ReportData.curves`` does."""
+TRAINED = ("pretrain", "sft", "adapter", "dpo")
+"""Kinds of steps that train a model."""
 BINS = 40
 """Points of a curve by span."""
 LAST = 0.1
@@ -26,9 +28,10 @@ def curves(study: Studied, arm: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for id in arm["steps"]:
         step = study.steps[id]
-        if step["kind"] in ("pretrain", "sft"):
-            stage = step["name"].split(" ")[0]
-            for row in read_jsonl(study.artifacts[id].path / "log.jsonl"):
+        log = study.artifacts[id].path / "log.jsonl"
+        if step["kind"] in TRAINED and log.exists():
+            stage = step["name"].split(" ")[0] + (" (adapter)" if step["kind"] == "adapter" else "")
+            for row in read_jsonl(log):
                 kept = {k: v for k, v in row.items() if k not in _LOGGED}
                 parts = {name: row[k] for k, name in _LOGGED.items() if row.get(k)}
                 if study.gridded:

@@ -17,7 +17,7 @@ from trimtab.report import format as fmt
 from trimtab.report.data import Arm, Finding, ReportData
 from trimtab.types import Result
 
-TASK, ATTACK, ANY = "task:", "attack:", "attack:any"
+TASK, POLICY, ATTACK, ANY = "task:", "policy:", "attack:", "attack:any"
 """How the categories of an evaluation's figures begin (``evaluate.metrics``, which is slow to import)."""
 
 
@@ -260,10 +260,10 @@ class View:
     # -- the groups of an evaluation's figures --------------------------------------------------------------------------
 
     def scope(self, measure: Measure) -> str:
-        """What a figure is of: "all" plain prompts, a "task", a "category" or an "attack"; of a study always "task"."""
+        """What a figure is of: "all" plain prompts, a "task", "policy", "category" or "attack"; of a study always "task"."""
         if self.data.kind == "study":
             return "task"
-        for prefix, name in ((TASK, "task"), (ATTACK, "attack")):
+        for prefix, name in ((TASK, "task"), (POLICY, "policy"), (ATTACK, "attack")):
             if measure.category.startswith(prefix):
                 return name
         return "category" if measure.category else "all"
@@ -274,7 +274,7 @@ class View:
             return category
         if category == ANY:
             return "any of them, or plain"
-        return category.removeprefix(TASK).removeprefix(ATTACK)
+        return category.removeprefix(TASK).removeprefix(POLICY).removeprefix(ATTACK)
 
     @property
     def drawn(self) -> list[Measure]:

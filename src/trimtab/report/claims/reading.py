@@ -2,8 +2,8 @@
 
 Every claim is a linear contrast of measured cells: a slope over the starts, ratios above 0 % less 0 %, a decoder against
 another. It is read by the interval of that contrast (``contrasts``): on the claimed side it agrees, on the other it
-disagrees, across zero it cannot tell; "no rise" agrees only where the interval stays below ``MARGIN``. p-values are
-adjusted (Holm) over all claims that were tested.
+disagrees, across zero it cannot tell; "no rise" agrees only where the interval stays below ``MARGIN``, "within" (equivalence)
+only where all of it lies within ``EQUAL`` of zero. p-values are adjusted (Holm) over all claims that were tested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from trimtab.report.data import ClaimReading
 
 MARGIN = 0.05
 """A rise of at most so much counts as none (a share: five points)."""
-Side = Literal["above", "below", "no rise", "not below"]
+EQUAL = 0.02
+"""A difference of less than so much either way counts as none."""
+Side = Literal["above", "below", "no rise", "not below", "within"]
 Part = tuple[str, Terms, Side]
 """One figure of a claim: what it is called, its contrast, and on which side of zero it agrees. "not below" is no test of
 its own: it only forbids a claim that its contrast clearly speaks against."""
@@ -56,7 +58,7 @@ Read = tuple[Claim[Any], Figures, list[str]]
 def figure(
     made: Estimate, label: str, side: Side, series: str = "", *, decides: bool = True, unit: str = "points"
 ) -> dict[str, Any]:
-    """One figure as kept in ``ClaimReading.figures``; ``unit``: "points" of a share, or "ratio" (0.2: a fifth more)."""
+    """One figure as kept in ``ClaimReading.figures``; ``unit``: "points" of a share, "ratio" (0.2: a fifth more) or "score"."""
     return {"label": label, "series": series, "decides": decides, "side": side, "unit": unit, **made.plain()}
 
 
@@ -82,8 +84,8 @@ def rests_on(figures: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
     """The figure whose test a claim's reading rests on, by its place, and the claim's p before adjustment for other claims.
 
     All figures must hold for a claim to agree: its p is then the largest, as it is where nothing can be told. One is
-    enough to disagree: the smallest of those that do, times the number that could have. "no rise" that agrees and "not
-    below" that does not forbid rest on no test of zero.
+    enough to disagree: the smallest of those that do, times the number that could have. "no rise" and "within" that agree,
+    and "not below" that does not forbid, rest on no test of zero.
     """
     decides = [(i, f) for i, f in enumerate(figures) if f["decides"]]
     against = [(f["p"], i) for i, f in decides if f["reading"] == "disagrees" and not math.isnan(f["p"])]
@@ -128,6 +130,14 @@ def side_of(side: Side, f: Mapping[str, Any]) -> str:
         return "cannot tell"
     if side == "not below":
         return "disagrees" if high < 0 else "agrees"
+    if side == "within":
+        return (
+            "agrees"
+            if low > -EQUAL and high < EQUAL
+            else "disagrees"
+            if low > EQUAL or high < -EQUAL
+            else "cannot tell"
+        )
     if side == "no rise":
         return "agrees" if high < MARGIN else "disagrees" if low > 0 else "cannot tell"
     if low <= 0 <= high:
