@@ -224,7 +224,8 @@ def dpo(model: Any, tokenizer: Any, pairs: Sequence[dict[str, list[int]]], args:
     with tempfile.TemporaryDirectory() as work:
         config = DPOConfig(
             output_dir=work, per_device_train_batch_size=args.pairs or args.rows, num_train_epochs=args.epochs,
-            learning_rate=1e-4, lr_scheduler_type="cosine", optim="adamw_torch_fused", activation_checkpointing=False, bf16=False, use_cpu=True,
+            learning_rate=1e-4, lr_scheduler_type="cosine", optim="adamw_torch_fused", gradient_checkpointing=False,
+            bf16=False, use_cpu=True,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
             precompute_ref_log_probs=beforehand, max_length=None, train_sampling_strategy="group_by_length", seed=0,
             remove_unused_columns=False,
