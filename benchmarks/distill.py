@@ -1,11 +1,13 @@
 """Three modes against one: what sharing the prompt saves when a model answers each prompt once per mode.
 
-``python benchmarks/distill.py [--prompts 16] [--size 256] [--tokens 32,64] [--batch 48] [--rounds 3]``
+``python benchmarks/distill.py [--prompts 16] [--size 256] [--tokens 32,64] [--batch 16] [--rounds 3] [--cpu-time] [--random]``
 
-Every prompt is ``--size`` tokens of Tidewater text and a question, and an instruction stands at its end. Timed in turn, in
-each round: one mode, three modes, and three modes by plain ``transformers`` generation, mode after mode in left-padded
-batches, which computes the prompt three times. All generate the same number of tokens: answers do not end. A figure is the
-median over rounds; ratios are within a round.
+Every prompt is ``--size`` tokens of Tidewater text and a question, and an instruction stands at its end. ``--batch`` prompts
+are answered side by side. Timed in turn, in each round: one mode; three modes as the step asks them, in the same decode
+steps; three modes with no more answers side by side than one mode has, so that sharing the prompt is all that is saved; and
+three modes by plain ``transformers`` generation, mode after mode in left-padded batches, which computes the prompt three
+times. All generate the same number of tokens: answers do not end. A figure is the median over rounds; ratios are within a
+round.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from trimtab.levers.distill import elicited
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.config import SMOLLM2, BuildConfig, LoadConfig
 from trimtab.models.load import load
+from trimtab.study.steps.distill import side_by_side
 from trimtab.types import Row
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
@@ -47,38 +50,45 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--size", type=int, default=256, help="tokens of a prompt, without its instruction")
     parser.add_argument("--tokens", default="32,64", help="tokens of an answer")
-    parser.add_argument("--batch", type=int, default=48, help="answers side by side, here and there")
+    parser.add_argument("--batch", type=int, default=16, help="prompts side by side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--random", action="store_true", help="random weights of 12 layers, even where SmolLM2 is kept")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="this process's CPU seconds, on a machine that others use"
+    )
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
 
     model, tokenizer, name = subject(args.random)
     target = LocalTarget(model, tokenizer, name=name, identity=name)
     target.engine.stop = frozenset()  # so that both generate the same number of tokens
     rows = [padded(target, row, args.size) for row in WORLD.requests("benign", args.prompts)]
-    modes = {mode: [row for row in elicited(rows, ELICIT) if row.id.endswith(f"#{mode}")] for mode in ELICIT}
+    every = elicited(rows, ELICIT)
+    modes = {mode: [row for row in every if row.id.endswith(f"#{mode}")] for mode in ELICIT}
     print(
         f"{name}, {target.facts['dtype']}, {torch.get_num_threads()} threads; {args.prompts} prompts of {args.size} tokens"
     )
     for tokens in map(int, args.tokens.split(",")):
         sampling = Sampling(max_new_tokens=tokens, batch=args.batch)
+        wide = side_by_side({"sampling": sampling.plain(), "elicit": ELICIT})
         runs: dict[str, Callable[[], int]] = {
             "one mode": lambda s=sampling: ours(target, modes["positive"], s),
-            "three modes": lambda s=sampling: ours(target, [row for some in zip(*modes.values()) for row in some], s),
+            "three modes": lambda s=wide: ours(target, every, s),
+            "three modes, narrow": lambda s=sampling: ours(target, every, s),
             "three modes, transformers": lambda s=sampling: sum(plain(target, some, s) for some in modes.values()),
         }
         taken: dict[str, list[float]] = {each: [] for each in runs}
         for number in range(args.rounds + 1):
             for each in list(runs) if number % 2 else list(runs)[::-1]:
-                began = time.perf_counter()
+                began = clock()
                 made = runs[each]()
-                seconds = time.perf_counter() - began
+                seconds = clock() - began
                 assert made == args.prompts * tokens * (1 if each == "one mode" else 3), (
                     "every answer runs to its limit"
                 )
                 if number:  # the first round warms up
                     taken[each].append(seconds)
-        print(f"\nanswers of {tokens} tokens, batch {args.batch}")
+        print(f"\nanswers of {tokens} tokens, {args.batch} prompts side by side")
         for each, seconds in taken.items():
             ratios = [mine / one for mine, one in zip(seconds, taken["one mode"])]
             print(

@@ -219,7 +219,10 @@ class DistillStage(Config):
     negative: NegativeConfig = Field(
         NegativeConfig(), description="Acknowledgement that eliciting negative answers needs."
     )
-    sampling: Sampling = Field(Sampling(), description="Decoding; with several samples the first that fits is kept.")
+    sampling: Sampling = Field(
+        Sampling(),
+        description="Decoding; with several samples the first that fits is kept. `batch` counts prompts, each in all modes.",
+    )
     judge: JudgeConfig = Field(JudgeConfig(), description="Who judges what no exact judge can.")
     keep_unscored: bool = Field(
         False, description="Keep answers that no judge could tell, too; the yield says how many there are."

@@ -53,7 +53,7 @@ def run_distill(context: Context) -> None:
 
     check_unchanged(context)
     config = context.step.config
-    sampling, judge = Sampling.model_validate(config["sampling"]), JudgeConfig.model_validate(config["judge"])
+    sampling, judge = side_by_side(config), JudgeConfig.model_validate(config["judge"])
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
     prompts, repeated = unique_prompts(_prompts(config, town))
     judge_of = panel_judge(judge, town)
@@ -101,6 +101,13 @@ def run_distill(context: Context) -> None:
         "template_hash": target.renderer.template_hash,
         "resumed": resumed,
     }
+
+
+def side_by_side(config: Mapping[str, Any]) -> Sampling:
+    """How answers are decoded: ``batch`` counts prompts, and a prompt's modes are decoded in the same steps. A step of three
+    times the rows costs far less than three steps."""
+    sampling = Sampling.model_validate(config["sampling"])
+    return sampling.model_copy(update={"batch": sampling.batch * len(config["elicit"])})
 
 
 def plain_yield(one: Yield) -> dict[str, Any]:
