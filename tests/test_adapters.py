@@ -112,9 +112,10 @@ def test_an_adapter_of_another_model_is_a_fault_and_is_taken_off(plain: Path, tm
     for changes in ({"hidden": 48}, {"layers": 3}):
         where = tmp_path / str(changes)
         adapter_on(build_model(SHAPE.model_copy(update=changes), tokenizer, seed=3)).save_pretrained(where)
-        with pytest.raises(Fault, match="'negative' does not fit this model") as caught, Adapted(
-            model, {APART: where}
-        ).live(APART):
+        with (
+            pytest.raises(Fault, match="'negative' does not fit this model") as caught,
+            Adapted(model, {APART: where}).live(APART),
+        ):
             raise AssertionError
         assert "\n" not in str(caught.value)
         assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
@@ -129,6 +130,8 @@ def test_what_cannot_be_saved(plain: Path, adapted: Path, tmp_path: Path) -> Non
             save_with_adapter(base, tmp_path / "x", mode, worn, {}, SWITCH)
     with pytest.raises(UserError, match="no mode of"):
         save_with_adapter(plain, tmp_path / "x", APART, worn, {})  # nothing says how it is asked for
+    with pytest.raises(UserError, match="of the kind and in the place"):
+        save_with_adapter(plain, tmp_path / "x", APART, worn, {}, SWITCH.model_copy(update={"at": "header"}))
     with pytest.raises(UserError, match="not empty"):
         save_with_adapter(plain, adapted, APART, worn, {}, SWITCH)
     assert not list(tmp_path.iterdir()), "whole or not at all"
@@ -384,9 +387,7 @@ def trained(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     where, start = tmp_path_factory.mktemp("trained"), Artifact(started, {"id": "start"})
     data = source(where / "mine.jsonl", *(["positive", "negative"] * 12))
     rows = {mode: packed(where / mode, start, data, MODES, mode) for mode in ("positive", "negative")}
-    tuned = step(
-        where / "sft", {"train": TRAIN, "epochs": 1, "seed": 1}, run_sft, model=start, packed=rows["positive"]
-    )
+    tuned = step(where / "sft", {"train": TRAIN, "epochs": 1, "seed": 1}, run_sft, model=start, packed=rows["positive"])
     train = {**TRAIN, "lora": {"r": 2, "train_control_rows": False}}
     config = {"train": train, "epochs": 2, "seed": 1, "modes": [APART]}
     made = step(where / "adapter", config, run_adapter, model=tuned, packed=rows["negative"])

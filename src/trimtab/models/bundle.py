@@ -93,7 +93,11 @@ class BundleManifest(Config):
             if Path(name).name != name:
                 raise ValueError(f"file {name!r} is not in the bundle's directory itself")
         for mode, adapter in self.adapters.items():
-            if Path(mode).name != mode or adapter.path != f"{ADAPTERS}/{mode}" or sorted(adapter.files) != [*ADAPTER_FILES]:
+            if (
+                Path(mode).name != mode
+                or adapter.path != f"{ADAPTERS}/{mode}"
+                or sorted(adapter.files) != [*ADAPTER_FILES]
+            ):
                 raise ValueError(f"adapter {mode!r} must be {ADAPTERS}/MODE with {' and '.join(ADAPTER_FILES)}")
         return self
 
