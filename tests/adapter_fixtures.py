@@ -12,7 +12,7 @@ from trimtab.artifact import sha256_file
 from trimtab.levers.modes import Switch, control_name
 from trimtab.models.adapters import save_with_adapter
 from trimtab.models.build import build_model, train_tokenizer
-from trimtab.models.bundle import BundleManifest, save_bundle
+from trimtab.models.bundle import BundleManifest, read_manifest, save_bundle
 from trimtab.models.config import BuildConfig
 from trimtab.models.load import load
 from trimtab.models.tokens import add_control_tokens, controls_of
@@ -51,7 +51,8 @@ def adapter_on(model: Any, seed: int = 1, **settings: Any) -> Any:
 
 def adapted_bundle(base: Path, where: Path, mode: str = APART, **settings: Any) -> Path:
     model, _ = load(base)
-    save_with_adapter(base, where, mode, adapter_on(model, **settings), {"seed": 1}, SWITCH)
+    switch = SWITCH.model_copy(update={"at": read_manifest(base).switch.at})
+    save_with_adapter(base, where, mode, adapter_on(model, **settings), {"seed": 1}, switch)
     return where
 
 

@@ -130,6 +130,8 @@ def test_what_cannot_be_saved(plain: Path, adapted: Path, tmp_path: Path) -> Non
             save_with_adapter(base, tmp_path / "x", mode, worn, {}, SWITCH)
     with pytest.raises(UserError, match="no mode of"):
         save_with_adapter(plain, tmp_path / "x", APART, worn, {})  # nothing says how it is asked for
+    with pytest.raises(UserError, match="of the kind and in the place"):
+        save_with_adapter(plain, tmp_path / "x", APART, worn, {}, SWITCH.model_copy(update={"at": "header"}))
     with pytest.raises(UserError, match="not empty"):
         save_with_adapter(plain, adapted, APART, worn, {}, SWITCH)
     assert not list(tmp_path.iterdir()), "whole or not at all"

@@ -112,6 +112,8 @@ def save_with_adapter(
         raise UserError(f"mode {mode!r} is in {where} of {base_dir} already; start from a bundle without it")
     if mode not in known.modes:
         raise UserError(f"mode {mode!r} is no mode of {base_dir}; it has {', '.join(known.modes) or 'none'}")
+    if old.switch.modes and (known.token, known.at) != (old.switch.token, old.switch.at):
+        raise UserError(f"mode {mode!r}: its token must be of the kind and in the place of those of {base_dir}")
     modes = {name: control for name, control in known.modes.items() if name in {*old.modes, mode}}
     apart = {**(old.provenance.get(ADAPTERS) or {}), mode: dict(provenance)}
     new = old.model_copy(
