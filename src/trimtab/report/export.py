@@ -83,6 +83,18 @@ def result_rows(view: View, keys: Mapping[Measure, str]) -> Iterable[dict[str, A
         }
 
 
+def mode_rows(view: View) -> Iterable[dict[str, Any]]:
+    """Every figure of the section on modes: ``section`` is "mode", ``task`` the table, ``mode`` the row, ``metric`` the
+    column."""
+    for f in view.data.mode_figures:
+        family = view.family(f.arm)
+        yield {
+            "section": "mode", "arm": f.arm, "label": family.label, "group": family.group, "task": f.table, "mode": f.row,
+            "metric": f.column, "series": f.unit, "x": f.x, "value": f.value, "low": f.low, "high": f.high, "n": f.n,
+            "unscored": f.unscored, "interval": f.interval,
+        }  # fmt: skip
+
+
 def comparison_rows(data: ReportData) -> Iterable[dict[str, Any]]:
     for c in data.comparisons:
         yield {

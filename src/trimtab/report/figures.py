@@ -49,6 +49,7 @@ def matrices(view: View) -> list[Figure]:
 def _matrix(view: View, matrix: Matrix, key: str) -> Figure:
     left, top, row = 76.0, 22.0, 38.0
     columns, height = len(matrix.behaviours), top + row * len(matrix.modes) + 4
+    width = max(svg.WIDTH, left + 2 + 56 * columns)  # room for a behaviour's name
     totals = [sum(counts) for counts in matrix.counts]
     rows = []
 
@@ -57,9 +58,9 @@ def _matrix(view: View, matrix: Matrix, key: str) -> Figure:
 
         ax = svg.axes(figure, 0, 0, 0, 0)
         ax.set_axis_off()
-        ax.set_xlim(0, svg.WIDTH)
+        ax.set_xlim(0, width)
         ax.set_ylim(height, 0)
-        cell = (svg.WIDTH - left - 2) / max(columns, 1)
+        cell = (width - left - 2) / max(columns, 1)
         for j, behaviour in enumerate(matrix.behaviours):
             text = fmt.one_line(behaviour, max(6, int(cell / 5.7)))
             ax.text(left + cell * (j + 0.5), top - 8, text, ha="center", color=svg.MUTED, size=svg.FONT - 1)
@@ -98,7 +99,7 @@ def _matrix(view: View, matrix: Matrix, key: str) -> Figure:
         for i, mode in enumerate(matrix.modes)
     )
     alt = fmt.visible(f"Rows: mode asked. Columns: behaviour shown. {spoken}.")
-    return Figure(key, fmt.visible(title), "", svg.draw(key, height, paint, fmt.visible(title), alt), rows=rows)
+    return Figure(key, fmt.visible(title), "", svg.draw(key, height, paint, fmt.visible(title), alt, width), rows=rows)
 
 
 @dataclass(frozen=True)

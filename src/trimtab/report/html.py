@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from trimtab.artifact import write_atomic
-from trimtab.report import curves, export, grids, spans, tokens
+from trimtab.report import curves, export, grids, modedraw, spans, tokens
 from trimtab.report import figures as figs
 from trimtab.report import format as fmt
 from trimtab.report.data import Cost, ReportData, Sample
@@ -68,6 +68,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
     exposures = figs.exposures(view)
     layers = layer_figures(view)
     ratios, span_figures = curves.groups(view), spans.figures(view)
+    modes = modedraw.section(view, matrices)
     gridded = bool(view.data.places)
     comparisons = [_comparison(view, c) for c in view.data.comparisons]
     env = Environment(
@@ -111,6 +112,8 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         headline=[figure for measure, figure in drawn_measures if view.is_headline(measure.metric)],
         further=[figure for measure, figure in drawn_measures if not view.is_headline(measure.metric)],
         matrices=matrices,
+        modes=modes,
+        fidelity=modedraw.fidelity(view),
         losses=together,
         losses_apart=apart,
         exposures=exposures,
@@ -126,7 +129,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         open_samples=OPEN_SAMPLES,
     )
     page = page.lstrip()
-    drawn = [*matrices, *together, *apart, *exposures]
+    drawn = [*matrices, *together, *apart, *exposures, *(modes["projections"] if modes else ())]
     keys = {measure: figure.key for measure, figure in drawn_measures}
     return page, [
         *export.result_rows(view, keys),
@@ -136,6 +139,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         *curves.rows(data.ratios),
         *spans.rows(data.spans),
         *tokens.rows(data.tokens),
+        *export.mode_rows(view),
         *export.cost_rows(data.costs),
     ]
 

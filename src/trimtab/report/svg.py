@@ -52,6 +52,23 @@ def swatch(i: int, kind: str) -> Markup:
     )
 
 
+_SHAPES = {
+    "o": '<circle cx="6" cy="6" r="4.5"/>',
+    "s": '<rect x="2" y="2" width="8" height="8"/>',
+    "^": '<path d="M6 1 L11 10.5 L1 10.5 Z"/>',
+    "D": '<path d="M6 1 L11 6 L6 11 L1 6 Z"/>',
+    "v": '<path d="M6 11 L11 1.5 L1 1.5 Z"/>',
+}
+
+
+def mark(i: int, shape: str) -> Markup:
+    """The legend's sign for the i-th series of points, by matplotlib's letter for their shape."""
+    drawn = _SHAPES.get(shape, _SHAPES["o"])
+    return Markup(
+        f'<svg class="swatch" width="12" height="12" aria-hidden="true" style="fill: var(--c{i % SERIES})">{drawn}</svg>'
+    )
+
+
 def draw(key: str, height: float, paint: Callable[[Any], None], title: str, alt: str, width: float = WIDTH) -> Markup:
     """Paint on a figure of ``width`` x ``height`` units; returns inline SVG whose ids start with ``key``.
 

@@ -69,7 +69,7 @@ def _matches(run: Run) -> Iterable[Part]:
     if not run.trained or base is None:
         return
     for i, ours in enumerate(run.trained):
-        for theirs in run.baselines():
+        for theirs in run.baselines() if i == 0 else [base]:
             decides = i == 0 and theirs is base
             terms: Terms = [(1.0, _score(ours)), (-1.0, _score(theirs))]
             made = contrast(terms, key=f"claim modes positive {ours.arm.arm} {theirs.arm.form}", binary=False)
@@ -89,7 +89,7 @@ def _cheaper(run: Run) -> Iterable[Part]:
         return
     names = {"seconds": "wall time of training", "flops": "compute", "tokens": "tokens through the model"}
     for i, ours in enumerate(run.trained):
-        for name, words in names.items():
+        for name, words in names.items() if i == 0 else [("seconds", names["seconds"])]:
             each = [ratio - 1 for ratio in run.costs.ratios(ours, base, name)]
             decides = i == 0 and name == "seconds"
             made = _over(each) if each else None
@@ -167,7 +167,7 @@ def _apart(run: Run) -> Iterable[Part]:
     for i, ours in enumerate(run.trained):
         mine = run.margins.get(ours.arm.arm)
         name = mine.main if mine is not None else None
-        for theirs in others:
+        for theirs in others if i == 0 else others[:1]:
             their = run.margins.get(theirs.arm.arm)
             terms: Terms = []
             if mine is not None and their is not None and name is not None and name in their.by:
@@ -189,7 +189,7 @@ def _apart(run: Run) -> Iterable[Part]:
 
 def _robust(run: Run) -> Iterable[Part]:
     for i, ours in enumerate(run.trained):
-        for theirs in run.baselines():
+        for theirs in run.baselines() if i == 0 else run.baselines()[:1]:
             common = [w for w in ours.wrappings if w in theirs.wrappings]
             terms: Terms = [
                 (1.0, _score(ours)), (-1.0, _score(ours, common)), (-1.0, _score(theirs)), (1.0, _score(theirs, common))
