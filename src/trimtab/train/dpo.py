@@ -257,7 +257,8 @@ def _left_alone(model: Any) -> Iterator[None]:
 
 def _answers_alone() -> Any:
     """TRL scores only the answers where it has Triton, and prompts and padding too elsewhere (it keeps shapes constant for
-    devices that compile): on a CPU that costs a tenth to a quarter of the time and changes nothing but rounding."""
+    devices that compile). On a CPU that changes nothing but rounding and the time: with a vocabulary of 1,536 a twelfth of it
+    went there, with 8,192 two fifths (4 layers of 128)."""
     return mock.patch.object(trl_utils, "_use_triton", lambda device: True, create=True)
 
 
