@@ -61,7 +61,9 @@ class Case:
 
     def harmless(self) -> Case:
         """The same conversation with a letter for every text."""
-        return replace(self, messages=tuple(map(_harmless, self.messages)), prefill="x" if self.prefill else self.prefill)
+        return replace(
+            self, messages=tuple(map(_harmless, self.messages)), prefill="x" if self.prefill else self.prefill
+        )
 
     def shape(self) -> str:
         """Equal for cases whose ``harmless`` are equal."""
@@ -246,7 +248,9 @@ class Watched:
     @classmethod
     def of(cls, renderer: Renderer, switch: Switch) -> Watched:
         controls = frozenset(renderer.controls.values())
-        marks = () if renderer.thinking is None else renderer.thinking.marks  # reasoning that a client sends has its marks
+        marks = (
+            () if renderer.thinking is None else renderer.thinking.marks
+        )  # reasoning that a client sends has its marks
         strings = tuple(tuple(renderer.encode_text(text)) for text in switch.texts.values())
         return cls(
             controls, renderer.encoder.guarded - controls - set(marks), strings if switch.token == "string" else ()
