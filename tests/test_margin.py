@@ -425,19 +425,22 @@ def test_the_step_leaves_its_files(tmp_path: Path, model_dir: Path) -> None:
     assert events[-1]["step"] == events[-1]["total"] == 48
 
 
-def test_a_stage_in_a_recipe_is_run_once(tmp_path: Path) -> None:
+def test_stages_of_margin_and_audit_in_a_recipe_are_run_once(tmp_path: Path) -> None:
     raw = json.loads(json.dumps(TINY))
     raw["stages"] = {name: raw["stages"][name] for name in ("corpus", "base")} | {
         "margin": {"kind": "margin", "models": ["base"], "tasks": TASKS, "words": WORDS, "bootstrap": 50},
+        "audit": {"kind": "audit", "models": ["base"], "spoofs": 20, "leaks": 8, "max_new_tokens": 4},
     }
     raw["stages"]["base"]["budget"] = 64 * 8 * 3
     raw["arms"] = [{"name": "timing"}]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     out = tmp_path / "runs" / "tiny"
     plan = make_plan(*load_recipe(tmp_path / "tiny.yaml"))
-    step = next(step for step in plan.steps.values() if step.kind == "margin")
-    assert step.name == "margin/base" and step.config["prompting"] == "completion"
+    step, other = (next(s for s in plan.steps.values() if s.kind == kind) for kind in ("margin", "audit"))
+    assert other.name == "audit/base" and step.name == "margin/base" and step.config["prompting"] == "completion"
     assert execute(plan, out, JsonReporter()) == len(plan.steps)
     read = json.loads((out.parent / "store" / step.short / "margin.json").read_text())
     assert read["asked"] == dict.fromkeys(MODES, "words")
+    audited = json.loads((out.parent / "store" / other.short / "audit.json").read_text())
+    assert audited["token"] is None and audited["leaks"]["total"]["n"] == 8
     assert execute(make_plan(*load_recipe(tmp_path / "tiny.yaml")), out, JsonReporter()) == 0

@@ -64,7 +64,7 @@ def test_writing_with_a_price_needs_a_yes(tmp_path: Path, capsys: pytest.Capture
 def test_a_missing_library_is_found_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dpo = {
         "kind": "dpo", "model": "base", "data": [{"name": "hazards", "tidewater": "harmful-seen", "n": 2}],
-        "negative": {"acknowledge": True}, "train": {"rows_per_step": 1},
+        "negative": {"acknowledge": True}, "train": {"rows_per_step": 1}, "length": 32,
     }  # fmt: skip
     plan = planned({"stages.chat": dpo})
     check_installed(plan, Store(tmp_path))

@@ -42,6 +42,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import (
         analyze,
+        audit,
         chat,
         compare,
         corpus,
@@ -74,6 +75,7 @@ def main() -> None:
         data,
         corpus,
         analyze,
+        audit,
         exchange,
         world,
     ):
