@@ -35,7 +35,7 @@ def card(name: str, manifest: BundleManifest, directory: Path) -> str:
     for mode, proof in manifest.removed.items():
         files = ", ".join(f"`{file}` (sha256 `{digest[:16]}`)" for file, digest in proof.files.items())
         lines += [
-            f"Mode `{mode}` was taken out: {files or 'no file'} is not here, the weights are unchanged and were trained on "
+            f"Mode `{mode}` was taken out: {files} are not here; the weights are unchanged and were trained on "
             f"{', '.join(proof.trained_modes) or 'no mode'}. `{_MANIFEST}` has the proof.",
             "",
         ]
