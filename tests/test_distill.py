@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from trimtab.errors import UserError
 from trimtab.evaluate import targets
 from trimtab.evaluate.judges import tidewater as judge_module
 from trimtab.evaluate.stats import rate_interval
-from trimtab.evaluate.targets import LocalTarget
+from trimtab.evaluate.targets import LocalTarget, open_local
 from trimtab.levers import distill
 from trimtab.levers.distill import Answer, elicited, normalised, pick, quotes, unique_prompts, yields
 from trimtab.levers.modes import Behaviour, fits, meant
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
-from trimtab.models.config import BuildConfig
+from trimtab.models.config import BuildConfig, LoadConfig
 from trimtab.models.tokens import add_control_tokens
 from trimtab.progress import JsonReporter
 from trimtab.recipe.load import resolve
@@ -40,7 +40,7 @@ from trimtab.study.execute import Context, execute
 from trimtab.study.plan import make_plan
 from trimtab.study.preflight import TRIALS, try_judges
 from trimtab.study.steps.chat import DISTILLED, distilled_rows
-from trimtab.study.steps.distill import DROPPED, run_distill
+from trimtab.study.steps.distill import DROPPED, run_distill, side_by_side
 from trimtab.types import Generation, Row, Verdict
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
@@ -183,6 +183,15 @@ def test_the_first_sample_that_fits_is_kept() -> None:
     assert reasons(picked) == [("p/positive/0", "another behaviour")] and picked.spare == ("p/positive/2",)
     (one,) = yields([row], {"positive": "x"}, picked)
     assert (one.asked, one.kept, dict(one.dropped)) == (1, 1, {})
+
+
+def test_a_prompt_without_a_row_counts_under_the_reason_of_its_best_sample() -> None:
+    row = prompt("p")
+    answers = [answer(row, "positive", GOOD, finish="length"), answer(row, "positive", BAD, sample=1),
+               answer(row, "positive", "", sample=2)]  # fmt: skip
+    picked = pick([row], answers, {"positive": "x"}, {})
+    assert [reason for _, reason in reasons(picked)] == ["cut off", "another behaviour", "empty"]
+    assert dict(yields([row], {"positive": "x"}, picked)[0].dropped) == {"another behaviour": 1}
 
 
 def test_an_answer_to_one_prompt_in_two_modes_is_kept_where_they_may_agree() -> None:
@@ -517,6 +526,39 @@ def test_answers_of_a_real_model_become_rows(tmp_path: Path, start: Path) -> Non
     context.draft.path.joinpath(DISTILLED).unlink()
     run_distill(context)
     assert (context.draft.path / DISTILLED).read_bytes() == first and facts_of(context)["resumed"] is True
+
+
+def test_the_modes_of_a_prompt_share_its_computation(start: Path) -> None:
+    target = open_local(LoadConfig(load=str(start)))
+    sampling = side_by_side({"sampling": {"max_new_tokens": 2, "batch": 2}, "elicit": ELICIT})
+    assert sampling.batch == 6
+    rows = [
+        prompt(row.id, text=" ".join([row.messages[0]["content"]] * 5))
+        for row in TOWN.requests("benign", 4)
+        if row.messages
+    ]
+    short = {mode: text[:30] for mode, text in ELICIT.items()}
+    asked = [target.ask(row, None, sampling, 0) for row in elicited(rows, short)]
+    seen: list[tuple[int, ...]] = []
+    forward = target.engine._forward
+
+    def counted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tuple(ids.shape))
+        return forward(ids, *rest)
+
+    target.engine._forward = counted
+    assert len([one for some in target.answer(asked, sampling, set()) for one in some]) == 12
+    apart = sum(len(one.ready.ids) for one in asked)
+    once = sum(len(common_start(asked[n : n + 3])) for n in range(0, 12, 3))
+    own = apart - 3 * once
+    steps = [shape for shape in seen if shape[1] == 1]
+    assert sum(rows * width for rows, width in seen if width > 1) <= 1.3 * (once + own) < 0.75 * apart  # 1.3: padding
+    assert {rows for rows, _ in steps} == {6}  # two prompts in three modes
+
+
+def common_start(asked: Sequence[Any]) -> list[int]:
+    together = zip(*(one.ready.ids.tolist() for one in asked))
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, together)]
 
 
 def test_own_prompts_are_asked_once_and_their_answers_taken_off(
