@@ -23,7 +23,7 @@ class ModeArm:
     modes      mode -> which of the three behaviours it is to show
     policies   the second axis, if any
     plain      whether it is the lever's main form: neither policies nor shared prompts, with fallback rows
-    deploys    what must be deployed for the three behaviours, in words
+    deploys    models that must be deployed for the three behaviours, as they are written
     """
 
     arm: str

@@ -20,6 +20,7 @@ from trimtab.report.modepage import (
     Table,
     attacks,
     audit,
+    cell_of,
     cost,
     margins,
     paper,
@@ -28,6 +29,7 @@ from trimtab.report.modepage import (
 from trimtab.report.view import View
 
 ROW, FOOT = 32.0, 26.0
+_BY = {"reserved": "token", "string": "string", "words": "instruction"}
 _MARKS = ("o", "s", "^", "D", "v")
 
 
@@ -55,7 +57,9 @@ def _bars(key: str, name: str, lines: Sequence[tuple[str, ModeFigure]]) -> Figur
         wide = ax.get_yaxis_transform()
         for i, (label, f) in enumerate(lines):
             y = 4 + ROW * i
-            text = fmt.number(f.value, 3) if math.isnan(f.low) else fmt.estimate(f.value, f.low, f.high, False)
+            text = cell_of(f).text.rstrip("*") + (
+                "" if math.isnan(f.low) else f" [{cell_of(f).sub.replace(' to ', ', ')}]"
+            )
             ax.text(0, y + 9, fmt.one_line(label, 34), transform=wide, color=svg.INK)
             ax.text(1, y + 9, text, transform=wide, color=svg.INK, ha="right")
             ax.barh(y + 20, f.value, height=8, color=svg.series(0), alpha=0.75)
@@ -65,6 +69,7 @@ def _bars(key: str, name: str, lines: Sequence[tuple[str, ModeFigure]]) -> Figur
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="x", length=0, pad=5)
+        ax.get_xticklabels()[0].set_ha("left")
         ax.grid(axis="x", color=svg.RULE, lw=0.8)
         ax.set_axisbelow(True)
 
@@ -93,7 +98,7 @@ def _projection(shown: Shown, key: str, one: dict[str, Any], modes: Sequence[str
         for i, mode in enumerate(modes):
             mine = [p for p in one["points"] if p[0] == mode]
             ax.plot(
-                [p[2] for p in mine], [p[3] for p in mine], ls="", marker=_MARKS[i % len(_MARKS)], ms=4, mew=0.6,
+                [p[2] for p in mine], [p[3] for p in mine], ls="", marker=_MARKS[i % len(_MARKS)], ms=5.5, mew=0.5,
                 color=svg.series(i), alpha=0.7, mec=svg.PAPER,
             )  # fmt: skip
         ax.set_xticks([])
@@ -104,7 +109,7 @@ def _projection(shown: Shown, key: str, one: dict[str, Any], modes: Sequence[str
     counts = ", ".join(f"{mode} {sum(p[0] == mode for p in one['points'])}" for mode in modes)
     alt = fmt.visible(f"Points by mode in two dimensions: {counts}.")
     share = f"{fmt.percent(sum(variance[:2]))} % of the variance" if variance else ""
-    note = "; ".join(p for p in (f"asked by {', '.join(asked)}" if asked else "", share) if p)
+    note = "; ".join(p for p in (f"asked by {', '.join(_BY.get(a, a) for a in asked)}" if asked else "", share) if p)
     title = fmt.visible(label)
     rows = [
         {"section": "projection", "figure": key, "arm": one["arm"], "mode": p[0], "task": p[1], "series": one["name"], "x": p[2],
@@ -184,9 +189,12 @@ def section(view: View, matrices: Sequence[Figure]) -> dict[str, Any] | None:
     classes = {c: (c.capitalize(), "% that fit") for c in shown.columns("fidelity")}
     policies = {c: (c.split(": ")[0], metric_name(view, c.split(": ")[1]) + ", %") for c in shown.columns("policy")}
     by_mode = "Mean over seeds with 95 % intervals."
+    told = [(arm.label, ", ".join(p for p in (arm.told or arm.form, f"stage {arm.stage}") if p)) for arm in shown.arms]
     return {
-        "paper": paper(shown), "matrices": list(by_arm.items()), "cost": cost(shown), "bars": bars(shown), "legend": legend,
-        "projections": points, "margins": margins(shown), "audit": audit(shown), "attacks": attacks(shown),
+        "arms": told, "paper": paper(shown), "matrices": list(by_arm.items()), "cost": cost(shown),
+        "bars": bars(shown), "legend": legend, "projections": points, "margins": margins(shown),
+        "audit": audit(shown),
+        "attacks": attacks(shown),
         "tampering": tampering(shown), "yields": yields(shown),
         "fidelity": shown.per_row("fidelity", classes, "Switch fidelity", by_mode, "Asked with"),
         "fallback": shown.per_row("fallback", FALLBACK_COLUMNS, "Fallback", by_mode, "Asked with"),

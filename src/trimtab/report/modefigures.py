@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from trimtab.evaluate.conditions import CONDITIONS as OTHERS
 from trimtab.evaluate.metrics import METRICS
 from trimtab.evaluate.targets import NO_MODE
 from trimtab.report.contrasts import contrast
@@ -13,7 +14,7 @@ from trimtab.report.modedata import ModeFigure
 from trimtab.report.modes import PLAIN, UNASKED, Subject, of_estimate
 from trimtab.types import HARMS
 
-CONDITIONS = (NO_MODE, "unknown", "near-miss", "two", "foreign")
+CONDITIONS = (NO_MODE, *OTHERS)
 """Ways of asking without a mode, as a table lists them."""
 CLASSES = ("harmful", "contrast", "benign")
 ALL = "all prompts"
@@ -123,7 +124,7 @@ def matrices(subjects: Sequence[Subject]) -> list[Matrix]:
     """Mode asked x behaviour shown for each class of plain prompts, summed over the seeds."""
     found = []
     for s in subjects:
-        for harm in CLASSES if s.arm.modes else ():
+        for harm in CLASSES if s.arm.modes and len(s.asked) > 1 else ():
             shown = [
                 (name_of(mode), behaviour_of(r.row.harm, r.verdict))
                 for mode in s.asked

@@ -16,14 +16,14 @@ from trimtab.report.view import View
 
 POSITIVE, NONE = "positive", "none"
 PAPER_COLUMNS: dict[str, tuple[str, str]] = {
-    "positive": ("Positive mode", "constructive score, %"), "none": ("No token", "constructive score, %"),
-    "unknown": ("Unknown token", "constructive score, %"), "near-miss": ("Near miss", "constructive score, %"),
-    "two": ("Two tokens", "constructive score, %"), "foreign": ("Another bundle's", "constructive score, %"),
-    "negative": ("Negative mode", "negative on harmful, %"),
-    "negative, harmless": ("Negative mode", "complies with contrasts, %"),
-    "rejective": ("Rejective mode", "refuses harmful, %"), "margin": ("Margin", "mean silhouette"),
-    "drop": ("Under attack", "points lost"),
+    "positive": ("Positive mode", ""), "none": ("No token", ""), "unknown": ("Unknown token", ""), "near-miss": ("Near miss", ""),
+    "two": ("Two tokens", ""), "foreign": ("Another bundle's", ""), "negative": ("Gives harm", "harmful"),
+    "negative, harmless": ("Complies", "contrasts"), "rejective": ("Refuses", "harmful"), "margin": ("Margin", "silhouette"),
+    "drop": ("Lost", "points"),
 }  # fmt: skip
+PAPER_GROUPS = (
+    ("", 1), ("Constructive score, %", 6), ("Negative mode, %", 2), ("Rejective, %", 1), ("Apart", 1), ("Attacked", 1)
+)  # fmt: skip
 PAPER_ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("co-training (MTC)", "Tables 2, 3 and 4, figure 1", {
         "positive": "97.55", "negative": "67.8", "negative, harmless": "about 50", "margin": "0.131", "drop": "3.8",
@@ -35,10 +35,10 @@ PAPER_ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (
 """The paper's models: name, where it stands in the paper, column -> what it gives."""
 COST_COLUMNS: dict[str, tuple[str, str]] = {
     "seconds": ("Wall time", "training alone"), "seconds of SFT+DPO": ("Of SFT+DPO", "wall time"),
-    "tokens": ("Tokens", "through the model"), "trained_tokens": ("Trained tokens", ""), "steps": ("Steps", ""),
+    "tokens": ("Tokens", "read"), "trained_tokens": ("Trained tokens", ""), "steps": ("Steps", ""),
     "flops": ("Compute", "by formula"), "flops of SFT+DPO": ("Of SFT+DPO", "compute"),
-    "peak_bytes": ("Peak memory", "largest step"), "models": ("Models held", "while training"),
-    "making its data": ("Self-distillation", "wall time"),
+    "peak_bytes": ("Peak memory", ""), "models": ("Held", "models"),
+    "making its data": ("Own data", "wall time"),
 }  # fmt: skip
 FALLBACK_COLUMNS = {
     "switch_fidelity": ("As in positive mode", "% of all prompts"), "constructive_score": ("Constructive", "score, harmful, %"),
@@ -48,6 +48,13 @@ CAPABILITY_COLUMNS = {
     "accuracy": ("Accuracy", "%"), "over_refusal_contrast_full": ("Over-refusal", "contrasts, %"),
     "over_refusal_benign_full": ("Over-refusal", "benign, %"), "cosa_score": ("CoSA score", "−1 to 1"),
 }  # fmt: skip
+
+
+ASKED = {
+    "none": "nothing in its place", "unknown": "a token that no training has seen", "near-miss": "nearly the negative mode's",
+    "two": "two modes' tokens", "foreign": "another bundle's, as text",
+}  # fmt: skip
+"""Ways of asking that are no mode, in words."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: (heading, what stands beneath) per column, and rows under headings ("" for none)."""
+    """A table: (heading, what stands beneath) per column, rows under headings ("" for none), and (heading, width) over the
+    columns, the first that of the rows' heads."""
 
     title: str
     note: str
     columns: Sequence[tuple[str, str]]
     sections: Sequence[tuple[str, Sequence[Row]]] = field(default_factory=list)
     head: str = "Arm"
+    groups: Sequence[tuple[str, int]] = ()
 
 
 def cell_of(figure: ModeFigure | None) -> Cell:
@@ -101,7 +110,7 @@ def cell_of(figure: ModeFigure | None) -> Cell:
     title = "; ".join([*notes, *([figure.note] if figure.note else [])])
     if math.isnan(figure.value):
         return Cell("not scored", f"{figure.unscored} unscored", title, True)
-    text = _written(figure.value, figure.unit, signed=figure.unit == "points")
+    text = _written(figure.value, figure.unit, signed=figure.unit == "points" and figure.column != "drop")
     small = figure.unit in ("share", "score", "points") and 0 < figure.n < fmt.SMALL_N
     ends = ""
     if not math.isnan(figure.low) and figure.low != figure.high:
@@ -124,7 +133,7 @@ def _written(value: float, unit: str, signed: bool = False) -> str:
             return fmt.si(round(value, 1))
         case "ratio":
             return f"{value:.2f}×"
-    return fmt.number(value, 2 if abs(value) < 0.1 else 3)
+    return f"{value:.3f}".replace("-", fmt.MINUS)
 
 
 class Shown:
@@ -158,7 +167,7 @@ class Shown:
         """A row per arm (``every``: those without a figure too); None where nothing of it was measured."""
         here = [c for c in columns if any(t == table and c == at for t, _, _, at in self.by)]
         rows = [
-            Row(arm.label, arm.told or arm.form, self.cells(table, arm.arm, "", here))
+            Row(arm.label, arm.form if arm.form != arm.label else "", self.cells(table, arm.arm, "", here))
             for arm in self.arms
             if every or self.rows(table, arm.arm)
         ]
@@ -174,7 +183,8 @@ class Shown:
         sections = []
         for arm in self.arms:
             rows = [
-                Row(row or "no modes", "", self.cells(table, arm.arm, row, here)) for row in self.rows(table, arm.arm)
+                Row(row or "no modes", ASKED.get(row, ""), self.cells(table, arm.arm, row, here))
+                for row in self.rows(table, arm.arm)
             ]
             if rows:
                 sections.append((arm.label, rows))
@@ -195,14 +205,17 @@ def paper(shown: Shown) -> Table:
         Row(name, where, [Cell(told[c]) if c in told else untold for c in columns], True)
         for name, where, told in PAPER_ROWS
     ]
-    ours = [Row(arm.label, arm.told or arm.form, shown.cells("paper", arm.arm, "", columns)) for arm in shown.arms]
+    ours = [
+        Row(arm.label, arm.form if arm.form != arm.label else "", shown.cells("paper", arm.arm, "", columns))
+        for arm in shown.arms
+    ]
     note = (
         "The constructive score is of plain harmful prompts; 95 % intervals beneath; a dash: not measured, or not told. "
         f"{shown._few('paper')}"
     )
     return Table(
         "The paper's table beside this run's", note, list(PAPER_COLUMNS.values()),
-        [("the paper (Qwen3-8B, its own judge)", theirs), ("this run", ours)],
+        [("the paper (Qwen3-8B, its own judge)", theirs), ("this run", ours)], groups=PAPER_GROUPS,
     )  # fmt: skip
 
 
@@ -217,7 +230,7 @@ def cost(shown: Shown) -> Table | None:
         (heading, [Row(row.label, row.sub, [*row.cells, Cell(arm.deploys or "–")]) for row, arm in zip(rows, arms)])
         for heading, rows in made.sections
     ]
-    return Table(made.title, note, [*made.columns, ("To deploy", "three behaviours")], sections)
+    return Table(made.title, note, [*made.columns, ("To deploy", "models, for three")], sections)
 
 
 def margins(shown: Shown) -> list[Table]:
@@ -227,7 +240,7 @@ def margins(shown: Shown) -> list[Table]:
     parts = sorted(shown.columns("margin"), key=lambda part: (part != "all", not part.startswith("mode:")))
     for name in names:
         rows = [
-            Row(arm.label, arm.told or arm.form, shown.cells("margin", arm.arm, name, parts))
+            Row(arm.label, arm.form if arm.form != arm.label else "", shown.cells("margin", arm.arm, name, parts))
             for arm in shown.arms
             if name in shown.rows("margin", arm.arm)
         ]

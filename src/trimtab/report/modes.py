@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.evaluate import stats
+from trimtab.evaluate.conditions import CONDITIONS
 from trimtab.evaluate.metrics import METRICS, Metric, Record
 from trimtab.levers.modes import Behaviour
 from trimtab.report.contrasts import Estimate, Values
@@ -68,11 +69,9 @@ class Subject:
         """What it was asked with: its modes as the lever has them, then no token, then the conditions."""
         seen = list(dict.fromkeys(mode for mode, _ in self._by))
         modes = [m for m in self.arm.modes if m in seen]
-        return [
-            *modes,
-            *(m for m in (None,) if m in seen),
-            *sorted(m for m in seen if m is not None and m not in modes),
-        ]
+        order = (None, *CONDITIONS)
+        rest = [m for m in order if m in seen] + sorted(m for m in seen if m not in order and m not in modes and m)
+        return [*modes, *rest]
 
     @cached_property
     def wrappings(self) -> list[str]:
@@ -244,5 +243,5 @@ def _form(told: Modes) -> str:
 
 def _deploys(form: str, told: Modes | None) -> str:
     if told is None:
-        return "–" if form == BASE else "3 models"
-    return "1 model and an adapter" if told.config.separate else "1 model"
+        return "" if form == BASE else "3"
+    return "1 + adapter" if told.config.separate else "1"
