@@ -71,7 +71,7 @@ class Case:
 
 
 def _harmless(message: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = {key: "x" for key in message}
+    plain: dict[str, Any] = dict.fromkeys(message, "x")
     plain["role"] = message["role"] if message["role"] in ROLES else "user"
     if not isinstance(message["content"], str):
         plain["content"] = [{"type": "text", "text": "x"} for _ in message["content"]]
