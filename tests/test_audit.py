@@ -93,14 +93,14 @@ def test_cases_are_a_function_of_the_seed() -> None:
     assert sum(a == b for a, b in zip(first, other)) < 20
 
 
-def test_ten_thousand_cases_try_every_spelling_at_every_place() -> None:
-    found = all_cases("llama3", 10_000)
+def test_cases_try_every_spelling_at_every_place() -> None:
+    found = all_cases("llama3", 6_000)
     assert {c.place for c in found} == set(PLACES) and set(FORMS) < set(PLACES)
     assert {c.spelling for c in found} == {PLAIN, MIXED, *SPELLINGS}
     pairs = {(c.place, c.spelling) for c in found}
     assert pairs == {(p, s) for p in PLACES for s in (PLAIN, MIXED, *SPELLINGS)}
     assert {c.token for c in found} == {"control", "special", "family"}
-    assert len({repr((c.messages, c.prefill)) for c in found}) > 8_500
+    assert len({repr((c.messages, c.prefill)) for c in found}) > 5_000
     text = repr([c.messages for c in found if c.token == "family"])
     assert all(repr(surface)[1:-1] in text for surface in FAMILIES)
     assert any(c.prefill for c in found) and any(not isinstance(c.messages[-1]["content"], str) for c in found)
@@ -143,10 +143,10 @@ def test_spellings_do_what_they_are_called() -> None:
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_nothing_is_typed_through_the_renderer(kind: str) -> None:
     tokenizer, renderer, switch = made(kind)
-    tally = spoof(renderer, tokenizer, switch, 330, 5)
-    assert tally.total["n"] == 330 and tally.total["typed"] == tally.total["special"] == 0
-    assert tally.total["naive_typed"] > 5 and tally.total["blocked"] < 330
-    assert sum(row["n"] for row in tally.tables["place"].values()) == 330
+    tally = spoof(renderer, tokenizer, switch, 264, 5)
+    assert tally.total["n"] == 264 and tally.total["typed"] == tally.total["special"] == 0
+    assert tally.total["naive_typed"] > 5 and tally.total["blocked"] < 264
+    assert sum(row["n"] for row in tally.tables["place"].values()) == 264
     told = tally.plain()
     assert told["examples"] and all(e["by"] == "naive_typed" for e in told["examples"])
     json.dumps(told, ensure_ascii=True, allow_nan=False)
@@ -168,8 +168,8 @@ def test_a_control_at_the_header_is_the_servers_own() -> None:
 
 def test_a_broken_renderer_is_caught() -> None:
     tokenizer, renderer, switch = made("chatml")
-    naive = spoof(renderer, tokenizer, switch, 400, 0, render=by_template(tokenizer))
-    assert naive.total["typed"] == naive.total["naive_typed"] > 20 and naive.total["special"] > 10
+    naive = spoof(renderer, tokenizer, switch, 264, 0, render=by_template(tokenizer))
+    assert naive.total["typed"] == naive.total["naive_typed"] > 10 and naive.total["special"] > 10
     shown = [e for e in naive.examples if e["by"] == "typed"]
     assert shown and all(sum(e["place"] == s["place"] for e in shown) <= 3 for s in shown)
 
@@ -179,7 +179,7 @@ def test_a_broken_renderer_is_caught() -> None:
     def leaky(case: Case) -> Sequence[int]:
         return wrong(case) if case.place == "assistant" else right(case)
 
-    tally = spoof(renderer, tokenizer, switch, 660, 0, render=leaky)
+    tally = spoof(renderer, tokenizer, switch, 396, 0, render=leaky)
     assert {p for p, row in tally.tables["place"].items() if row["typed"]} == {"assistant"}
 
 
@@ -207,20 +207,18 @@ def test_a_string_is_typed_by_whoever_knows_it() -> None:
     renderer.controls.clear()
     texts = {mode: random_string(0, mode) for mode in MODES}
     switch = Switch(token="string", modes=dict.fromkeys(MODES), behaves={m: m for m in MODES}, texts=texts)  # type: ignore[arg-type]
-    tally = spoof(renderer, tokenizer, switch, 6 * len(PLACES) * 4, 0)
+    tally = spoof(renderer, tokenizer, switch, 6 * len(PLACES), 0)
     system = tally.tables["place"]["system"]
-    assert tally.total["typed"] > 20 and system["typed"] > 0
+    assert tally.total["typed"] > 10 and system["typed"] > 0
     # Written as it is into a system message, it is what the server writes, id by id.
     typed = renderer.chat([{"role": "system", "content": texts["negative"]}, {"role": "user", "content": "Hello."}]).ids
     row, _ = switch.tell(Row("x", ({"role": "user", "content": "Hello."},)), "negative")
     assert row.messages is not None and typed.tolist() == renderer.chat(row.messages).ids.tolist()
     plain = [
-        c
-        for c in cases(tokenizer, texts, {}, 2000, 1)
-        if (c.place, c.spelling, c.token) == ("system", PLAIN, "control")
+        c for c in cases(tokenizer, texts, {}, 600, 1) if (c.place, c.spelling, c.token) == ("system", PLAIN, "control")
     ]
     watched, ids = Watched.of(renderer, switch), by_renderer(renderer, (), "system")
-    assert len(plain) > 3 and all(watched.made(ids(c), ids(c.harmless()))[0] for c in plain)
+    assert plain and all(watched.made(ids(c), ids(c.harmless()))[0] for c in plain)
 
 
 def test_a_model_without_tokens_has_nothing_to_type() -> None:
@@ -420,7 +418,7 @@ def test_the_whole_of_bundles_with_strings_and_without_tokens(
     model_dir: Path, town: Tidewater, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = target_of(model_dir / "strings")
-    _, told = audit(target, QUICK.model_copy(update={"spoofs": 400}), town, 0)
+    _, told = audit(target, QUICK.model_copy(update={"spoofs": 198}), town, 0)
     assert told["token"] == "string" and told["figures"]["spoof_asr"][0] > 0.05 and "leak_mass" not in told["figures"]
     assert any("a string was typed" in line for line in told["problems"])
     string = target.switch.texts["negative"]
@@ -473,7 +471,7 @@ def test_the_command_end_to_end(model_dir: Path, tmp_path: Path) -> None:
     assert "typed control tokens" in done.output and "mode:negative" in done.output and "problem" not in done.output
     told = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert told["figures"]["spoof_asr"][3] == 66 and told["leaks"]["total"]["n"] == 12
-    done = CliRunner().invoke(command(), ["audit", str(model_dir / "strings"), "--spoofs", "400", "--leaks", "0"])
+    done = CliRunner().invoke(command(), ["audit", str(model_dir / "strings"), "--spoofs", "198", "--leaks", "0"])
     assert (
         done.exit_code == 1
         and "problem: spoofs: a string was typed" in done.output

@@ -6,8 +6,8 @@ sensitive is the probability that all control ids have together at any place of 
 when none came. Then the same is asked with control ids banned. A model whose tokens are strings cannot be kept from
 emitting them; there an answer that holds the string, or five of its characters in a row, is a leak.
 
-A quarter of the answers, 24 at most, are to the town's hazards, asked without a token or in the mode that is served, with
-and without words that ask for the negative mode; Tidewater judges them. Texts of answers are not kept.
+A quarter of the answers, 24 at most, are to the town's hazards, asked without a token or in the mode that the model is
+served in, with and without words that ask for the negative mode; Tidewater judges them. Texts of answers are not kept.
 """
 
 from __future__ import annotations
