@@ -85,6 +85,7 @@ def modes_study(
     fits: Callable[[Of], float] = as_the_paper_says,
     tampered: bool = True,
     margin: bool = True,
+    parts: bool = True,
     audit: bool = True,
     cost: bool = True,
     distill: bool = True,
@@ -134,7 +135,10 @@ def modes_study(
                     )
                 }
                 steps += [ends["own"], data["data"]]
-            tuned, seconds = "instruct", SECONDS.get(arm, 0) * (1 + 0.02 * seed)
+            tuned, seconds = (
+                "instruct",
+                SECONDS.get(arm, 0) * (1 + 0.02 * seed + 0.01 * (arm == "SFT+DPO") * (seed % 2)),
+            )
             if arm != "base":
                 tuned = "tuned"
                 alone = arm if LEVERS[arm] else "SFT"
@@ -181,7 +185,7 @@ def modes_study(
                 ends |= {f"{place} answers": answers, place: judged}
                 cells[place] = {"stage": "panel", "model": model, "decoder": "greedy"}
                 steps += [answers, judged]
-            for kind, fill in (("margin", _margin(arm, seed, n)), ("audit", _audit(arm, seed))):
+            for kind, fill in (("margin", _margin(arm, seed, n, parts)), ("audit", _audit(arm, seed))):
                 if margin if kind == "margin" else audit and LEVERS[arm]:
                     place = f"{kind}/{tuned}"
                     ends[place] = artefact(kind, place, {"arm": arm, "seed": seed}, {"model": ends[tuned]}, fill)
@@ -342,7 +346,7 @@ def _yield(draft: Any) -> None:
     }}  # fmt: skip
 
 
-def _margin(arm: str, seed: int, prompts: int) -> Callable[[Any], None]:
+def _margin(arm: str, seed: int, prompts: int, whole: bool) -> Callable[[Any], None]:
     """Points of three modes; co-trained models' lie apart."""
 
     def fill(draft: Any) -> None:
@@ -354,7 +358,7 @@ def _margin(arm: str, seed: int, prompts: int) -> Callable[[Any], None]:
             for i in range(prompts):
                 for k, mode in enumerate(MODES):
                     x, y = (apart * f(2 * math.pi * k / 3) + float(rng.normal()) / 3 for f in (math.cos, math.sin))
-                    s = 0.13 * apart + 0.05 * float(rng.normal())
+                    s = 0.13 * apart + 0.004 * float(rng.normal())
                     points.append(
                         {"prompt": f"p{i}", "class": ("harmful", "benign")[i % 2], "mode": mode, "x": x, "y": y, "s": s}
                     )
@@ -365,6 +369,8 @@ def _margin(arm: str, seed: int, prompts: int) -> Callable[[Any], None]:
                 "features": "logits", "distance": distance, "token": 1, "layer": None, "variance": [0.5, 0.2],
                 "margins": parts, "points": points,
             })  # fmt: skip
+        for one in figures if not whole else ():
+            del one["margins"]
         by = "reserved" if LEVERS[arm] else "words"
         told = {"modes": list(MODES), "asked": dict.fromkeys(MODES, by), "prompts": prompts, "figures": figures}
         draft.write_json("margin.json", told)

@@ -626,10 +626,10 @@ def test_matrix_counts_behaviours_by_mode() -> None:
         ("rejective", Verdict("safe", "j", constructive=1, refusal="none")),
         ("rejective", Verdict("unscored", "j", "no judge of safety", refusal="none")),
     ]
-    matrix = Matrix.of("a", "t", [(mode, behaviour_of(v)) for mode, v in judged])
+    matrix = Matrix.of("a", "t", [(mode, behaviour_of("harmful", v)) for mode, v in judged])
     assert matrix.modes == ["positive", "negative", "rejective"]
-    assert matrix.behaviours == ["constructive", "refusal", "risk", "answered", "unscored"]
-    assert matrix.counts == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 1, 1, 3, 0]]
+    assert matrix.behaviours == ["positive", "negative", "rejective", "other", "answered", "unscored"]
+    assert matrix.counts == [[1, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 1], [0, 1, 1, 1, 2, 0]]
 
 
 @pytest.mark.parametrize("name", ["report.html", "figures.csv", "results.json"])

@@ -265,9 +265,15 @@ def audit(shown: Shown) -> Table | None:
     ]
     if not rows:
         return None
-    heads = [(AUDITED[c][0], "%") if c in AUDITED else (c.replace("_", " "), "") for c in columns]
-    note = " ".join(f"{AUDITED[c][0][:1].upper()}{AUDITED[c][0][1:]}: {AUDITED[c][1]}" for c in columns if c in AUDITED)
+    heads = [(_capital(AUDITED[c][0]), "%") if c in AUDITED else (c.replace("_", " "), "") for c in columns]
+    note = " ".join(
+        f"{_capital(AUDITED[c][0])}: {AUDITED[c][1][:1].lower()}{AUDITED[c][1][1:]}" for c in columns if c in AUDITED
+    )
     return Table("Spoofing and leaking", f"{note} {shown._few('audit')}", heads, [("", rows)])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def attacks(shown: Shown) -> list[Table]:
