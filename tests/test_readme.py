@@ -11,8 +11,8 @@ How each command is tested:
   the real model with the cut REAL_SHRINK.
 - `trimtab eval ...` runs with the tour's shrunk model in the place of SmolLM2, Tidewater's hazards in that of HarmBench and the
   cuts EVAL_SHRINK; `trimtab view`, `compare` and `tasks` then run as written.
-- `trimtab run recipes/modes.yaml ...` runs with four of its arms and the cuts MODES_SHRINK; `trimtab export`, `chat` and `audit` then
-  run as written.
+- `trimtab run recipes/modes.yaml ...` runs with four of its arms and the cuts MODES_SHRINK; `trimtab export`, `chat` and
+  `audit` then run as written.
 - `make ...` is a dry run: what it would do after the installation must be named on the page. It is not executed.
 - `pip install ...` is not executed: its extras must exist.
 
@@ -280,7 +280,7 @@ def test_the_mode_study_shrunk_its_bundle_and_what_is_done_with_it(desk: Desk) -
     said = desk.say(MODES, shrink)
     results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
     assert {r["metric"] for r in results["results"]} >= {"switch_fidelity", "cosa_score", "spoof_asr", "leak_mass"}
-    assert results["claims"] and results["modes"]
+    assert results["claims"] and results["mode_arms"]
     assert "nothing to do" in desk.say(MODES, shrink)
     done = [line for line in commands() if line.split()[1] in ("export", "chat", "audit")]
     assert len(done) >= 4
