@@ -15,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_samples
@@ -32,6 +33,7 @@ from trimtab.errors import UserError
 from trimtab.evaluate.files import read_stage
 from trimtab.evaluate.targets import LocalTarget
 from trimtab.levers.modes import Switch
+from trimtab.models.adapters import save_with_adapter
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.tokens import add_control_tokens, controls_of
@@ -423,6 +425,26 @@ def test_the_step_leaves_its_files(tmp_path: Path, model_dir: Path) -> None:
     assert {r["category"] for r in found} == {"all", "harmful", "benign", *(f"mode:{mode}" for mode in MODES)}
     assert context.draft.facts and context.draft.facts["prompts"] == 16
     assert events[-1]["step"] == events[-1]["total"] == 48
+
+
+def test_a_stage_switches_on_the_adapter_of_a_mode_that_is_kept_apart(tmp_path: Path, model_dir: Path) -> None:
+    """Its adapter moves the negative mode away from the others, which the bundle without it knows by their tokens alone."""
+    model = target_of(model_dir / "model").model
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        worn = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    save_with_adapter(model_dir / "model", tmp_path / "apart" / "model", "negative", worn, {})
+    config = MarginConfig(bootstrap=50, distances=("euclidean",)).plain() | {
+        "tasks": TASKS, "world": WORLD, "seed": 1, "prompting": "chat", "modes": list(MODES), "words": {},
+    }  # fmt: skip
+    told = {}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model").symlink_to(model_dir / "model")
+    for name in ("base", "apart"):
+        context = context_of(tmp_path, config, model=tmp_path / name)
+        run_margin(replace(context, step=replace(context.step, inputs={"model": "m" * 64})))
+        told[name] = json.loads((context.draft.path / "margin.json").read_text())["figures"][0]["margins"]
+    assert told["apart"]["mode:negative"]["value"] > told["base"]["mode:negative"]["value"] + 0.05
 
 
 def test_stages_of_margin_and_audit_in_a_recipe_are_run_once(tmp_path: Path) -> None:

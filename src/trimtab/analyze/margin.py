@@ -15,7 +15,7 @@ vocabulary] is held.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,12 +39,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _INTERVAL = "prompt-bootstrap"
-
-
-def live(target: LocalTarget, mode: str | None) -> AbstractContextManager[Any]:
-    """The model as it answers in a mode: where a target keeps modes in adapters (``LocalTarget.live``), that one is on."""
-    on = getattr(target, "live", None)
-    return nullcontext() if on is None or mode is None else on(mode)
 
 
 @dataclass(frozen=True)
@@ -163,7 +157,7 @@ class _Reader:
         }
         for m, mode in enumerate(self.asked.modes):
             order = sorted(range(len(kept)), key=lambda k: len(self.ids[kept[k]][m]))
-            with live(self.target, mode):
+            with self.target.live(mode):
                 for start in range(0, len(order), self.config.batch):
                     some = order[start : start + self.config.batch]
                     out, states = read_last(self.target, [self.ids[kept[k]][m] for k in some], self.layers)

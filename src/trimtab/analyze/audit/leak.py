@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from trimtab.analyze.audit.spoof import surfaces_of
 from trimtab.analyze.config import AuditConfig
-from trimtab.analyze.margin import live
 from trimtab.errors import UserError
 from trimtab.evaluate.judges.tidewater import TidewaterJudge
 from trimtab.generate.config import Sampling
@@ -146,7 +145,7 @@ def leak(
     for engine in ways:
         first = engine is ways[0]
         for some in _together(found.tries):
-            with live(target, some[0].mode):
+            with target.live(some[0].mode):
                 outputs = _answers(engine, some, config, seed)
                 masses = _masses(target, some, outputs, controls, config.batch) if controls and first else None
             for t, out in zip(some, outputs):

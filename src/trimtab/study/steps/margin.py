@@ -16,7 +16,7 @@ from trimtab.evaluate.panel import TaskConfig, panel_rows
 from trimtab.seeds import canonical
 from trimtab.study.execute import Context
 from trimtab.study.steps.analyze import write_metrics
-from trimtab.study.steps.common import check_unchanged, start_model, start_switch
+from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
@@ -55,8 +55,8 @@ def open_target(context: Context, town: Tidewater, prompting: str = "chat") -> L
     model, tokenizer = load(start_model(context), best_device())
     identity = context.step.inputs.get("model") or context.step.config["identity"]
     return LocalTarget(
-        model, tokenizer, name=context.step.name, identity=identity, switch=start_switch(context), world=town,
-        prompting=prompting,  # type: ignore[arg-type]
+        model, tokenizer, name=context.step.name, identity=identity, switch=start_switch(context),
+        adapters=start_adapters(context), world=town, prompting=prompting,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
