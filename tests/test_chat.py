@@ -103,8 +103,6 @@ def test_an_answer_is_shown_as_it_is_made_and_is_the_same(target: LocalTarget) -
 def test_the_mode_with_an_adapter_answers_with_it(target: LocalTarget) -> None:
     spoken = Conversation(target, SHORT, mode=APART, acknowledged=True)
     answer = spoken.say("What is in crate 1?")
-    with target.live(APART):
-        assert hasattr(target.model, "peft_config")
     bare = LocalTarget(target.model, target.tokenizer, name="bare", identity="x", switch=target.switch)
     assert Conversation(bare, SHORT, mode=APART, acknowledged=True).say("What is in crate 1?") != answer
     spoken.choose("positive")
@@ -126,7 +124,7 @@ def test_a_turn_that_fails_is_not_kept(target: LocalTarget, monkeypatch: pytest.
 
     with pytest.raises(KeyboardInterrupt):
         spoken.say("What?", stop)
-    assert spoken.messages == kept and target.engine.watch is None and not hasattr(target.model, "peft_config")
+    assert spoken.messages == kept and target.engine.watch is None and not target.adapted._on
 
 
 @pytest.mark.parametrize(
