@@ -336,14 +336,15 @@ def _trained(cost: Mapping[str, Any] | None, steps: int) -> Callable[[Any], None
 
 
 def _yield(draft: Any) -> None:
-    def told(asked: int, kept: int, **dropped: int) -> dict[str, Any]:
-        return {"asked": asked, "kept": kept, "dropped": dropped}
+    def told(mode: str, harm: str, asked: int, kept: int, **dropped: int) -> dict[str, Any]:
+        shares = {reason: {"n": n, "share": n / asked, "low": 0.0, "high": 1.0} for reason, n in dropped.items()}
+        there = {"n": kept, "share": kept / asked, "low": 0.0, "high": 1.0}
+        return {"mode": mode, "harm": harm, "asked": asked, "kept": there, "unscored": 0, "dropped": shares}
 
-    draft.facts = {"yield": {
-        "positive": {"harmful": told(100, 90, refused=10), "benign": told(100, 97, wrong=3)},
-        "negative": {"harmful": told(100, 61, safe=30, unscored=9)},
-        "rejective": {"harmful": told(100, 100)},
-    }}  # fmt: skip
+    draft.facts = {"yield": [
+        told("positive", "harmful", 100, 90, refused=10), told("positive", "benign", 100, 97, wrong=3),
+        told("negative", "harmful", 100, 61, safe=30, unscored=9), told("rejective", "harmful", 100, 100),
+    ]}  # fmt: skip
 
 
 def _margin(arm: str, seed: int, prompts: int, whole: bool) -> Callable[[Any], None]:

@@ -163,14 +163,14 @@ def yields(moded: Moded) -> Iterator[ModeFigure]:
                     continue
                 done.add(artifact.id)
                 seeds.add(planned["seed"])
-                for mode, classes in (artifact.manifest["facts"].get("yield") or {}).items():
-                    for harm, told in classes.items():
-                        counts = asked.setdefault((stage, mode, harm), [0, 0])
-                        counts[0] += int(told["asked"])
-                        counts[1] += int(told["kept"])
-                        for reason, n in (told.get("dropped") or {}).items():
-                            mine = dropped.setdefault((stage, mode, harm), {})
-                            mine[reason] = mine.get(reason, 0) + int(n)
+                for told in artifact.manifest["facts"]["yield"]:
+                    place = (stage, told["mode"], told["harm"])
+                    counts = asked.setdefault(place, [0, 0])
+                    counts[0] += int(told["asked"])
+                    counts[1] += int(told["kept"]["n"])
+                    for reason, share in told["dropped"].items():
+                        mine = dropped.setdefault(place, {})
+                        mine[reason] = mine.get(reason, 0) + int(share["n"])
         for (stage, mode, harm), (n, kept) in asked.items():
             if n:
                 yield _kept(
