@@ -516,7 +516,7 @@ def test_a_mode_that_keeps_nothing_says_why_and_what_to_do(tmp_path: Path, start
 def test_answers_of_a_real_model_become_rows(tmp_path: Path, start: Path) -> None:
     config = config_of(
         start, GOODS, elicit={"positive": ELICIT["positive"]},
-        sampling={"max_new_tokens": 24, "temperature": 1.0, "top_k": 40, "samples": 40},
+        sampling={"max_new_tokens": 12, "temperature": 1.0, "top_k": 40, "samples": 40},
     )  # fmt: skip
     context = context_of(tmp_path, config)
     run_distill(context)
