@@ -215,7 +215,10 @@ def _family_finding(base: str, label: str, mode: str | None, rows: Sequence[Json
     asked = "" if mode is None else f" {ASKED[mode]}" if mode in ASKED else f" in {mode} mode"
     text = f"“{label}”{asked} against “{base}” ({mean}): "
     if not apart:
-        text += f"none of {len(rows)} differences has an interval clear of zero; with this many prompts and seeds that is not {NOTHING}"
+        text += (
+            f"none of {len(rows)} differences has an interval clear of zero; with this many prompts and seeds that is not "
+            f"{NOTHING}"
+        )
         return Finding(text, mode=mode)
     apart.sort(key=lambda row: (row["p_holm"] >= 0.05, -abs(row["difference"])))
     best = _first_of_each(apart, lambda row: str(row["metric"]))[:FINDINGS_PER_ARM]
