@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from trimtab.data.programs import EVALUATED, FAMILIES, TRAINED, programs
@@ -33,7 +33,7 @@ class OwnCard(PromptSet):
 
     @property
     def pins(self) -> dict[str, Any]:
-        return {"rows": digest([row.to_json() for row in self.make()])}
+        return {"rows": _rows_hash(self.make)}
 
     @property
     def origin(self) -> str:
@@ -42,6 +42,12 @@ class OwnCard(PromptSet):
     @property
     def revision(self) -> str:
         return str(self.pins["rows"])[:16]
+
+
+@cache
+def _rows_hash(make: Callable[[], Iterator[Row]]) -> str:
+    """Of the rows that a set makes, the same every time; a plan asks for it once per arm."""
+    return digest([row.to_json() for row in make()])
 
 
 # -- word problems -------------------------------------------------------------------------------------------------------
