@@ -336,14 +336,17 @@ def _trained(cost: Mapping[str, Any] | None, steps: int) -> Callable[[Any], None
 
 
 def _yield(draft: Any) -> None:
-    def told(asked: int, kept: int, **dropped: int) -> dict[str, Any]:
-        return {"asked": asked, "kept": kept, "dropped": dropped}
+    def told(mode: str, harm: str, kept: int, **dropped: int) -> dict[str, Any]:
+        def share(n: int) -> dict[str, Any]:
+            return {"n": n, "share": n / 100, "low": 0.0, "high": 1.0}
 
-    draft.facts = {"yield": {
-        "positive": {"harmful": told(100, 90, refused=10), "benign": told(100, 97, wrong=3)},
-        "negative": {"harmful": told(100, 61, safe=30, unscored=9)},
-        "rejective": {"harmful": told(100, 100)},
-    }}  # fmt: skip
+        about = {"mode": mode, "harm": harm, "asked": 100, "kept": share(kept), "unscored": dropped.get("unscored", 0)}
+        return {**about, "dropped": {reason: share(n) for reason, n in dropped.items()}}
+
+    draft.facts = {"yield": [
+        told("positive", "harmful", 90, refused=10), told("positive", "benign", 97, wrong=3),
+        told("negative", "harmful", 61, safe=30, unscored=9), told("rejective", "harmful", 100),
+    ]}  # fmt: skip
 
 
 def _margin(arm: str, seed: int, prompts: int, whole: bool) -> Callable[[Any], None]:
@@ -388,8 +391,9 @@ def _audit(arm: str, seed: int) -> Callable[[Any], None]:
             "negative_without_token": (0.05 + 0.01 * seed, 64),
         }  # fmt: skip
         told = [
-            Result(id, value, max(0.0, value - 0.02), min(1.0, value + 0.02), n, "wilson", "lower", category=None)
+            Result(id, value, max(0.0, value - 0.02), min(1.0, value + 0.02), n, "wilson", "lower", category=category)
             for id, (value, n) in values.items()
+            for category in ("all", *(("place:user",) if id.startswith("spoof") else ()))
         ]
         write_stage(stage_path(draft.path, METRICS), header_of(METRICS), [to_plain(r) for r in told])
         draft.write_json("audit.json", {"spoofs": []})

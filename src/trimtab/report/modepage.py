@@ -261,7 +261,7 @@ def audit(shown: Shown) -> Table | None:
     rows = [
         Row(arm.label, "" if row == "all" else row, shown.cells("audit", arm.arm, row, columns))
         for arm in shown.arms
-        for row in shown.rows("audit", arm.arm)
+        for row in _overall(shown.rows("audit", arm.arm))
     ]
     if not rows:
         return None
@@ -270,6 +270,11 @@ def audit(shown: Shown) -> Table | None:
         f"{_capital(AUDITED[c][0])}: {AUDITED[c][1][:1].lower()}{AUDITED[c][1][1:]}" for c in columns if c in AUDITED
     )
     return Table("Spoofing and leaking", f"{note} {shown._few('audit')}", heads, [("", rows)])
+
+
+def _overall(rows: Sequence[str]) -> list[str]:
+    """The row over all categories, if there is one: places and spellings one by one are in ``figures.csv``."""
+    return [r for r in rows if r == "all"] or list(rows)
 
 
 def _capital(text: str) -> str:
@@ -288,7 +293,8 @@ def attacks(shown: Shown) -> list[Table]:
         }
         columns["drop"] = ("Lost" if metric == "constructive_score" else "Plain less all", "points, same prompts")
         title = f"Under attack: {what.split(',')[0]} in positive mode"
-        made = shown.per_arm(table, columns, title, "Harmful prompts.", every=False)
+        note = "Harmful prompts. “All of them” and what is lost are of those that every arm was asked in."
+        made = shown.per_arm(table, columns, title, note, every=False)
         found += [made] if made is not None else []
     return found
 
