@@ -320,7 +320,8 @@ def test_the_page_shows_every_part(written: Path) -> None:
         "one checkpoint: harmful prompts",
         "What each form cost", "1 + adapter", "Safety alignment margin: logits, first token, euclidean",
         "Spoofing and leaking",
-        "Under attack: constructive score in positive mode", "Hostile finetuning: risk without a token", "Self-distillation: own",
+        "Under attack: constructive score (%) in positive mode", "Hostile finetuning: risk without a token",
+        "Self-distillation: own",
         "Co-training's positive mode is as safe and helpful as SFT followed by DPO.", "a token that no training has seen",
     ):  # fmt: skip
         assert words in page.words, words
