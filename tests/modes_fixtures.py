@@ -336,16 +336,14 @@ def _trained(cost: Mapping[str, Any] | None, steps: int) -> Callable[[Any], None
 
 
 def _yield(draft: Any) -> None:
-    def told(mode: str, harm: str, kept: int, **dropped: int) -> dict[str, Any]:
-        def share(n: int) -> dict[str, Any]:
-            return {"n": n, "share": n / 100, "low": 0.0, "high": 1.0}
-
-        about = {"mode": mode, "harm": harm, "asked": 100, "kept": share(kept), "unscored": dropped.get("unscored", 0)}
-        return {**about, "dropped": {reason: share(n) for reason, n in dropped.items()}}
+    def told(mode: str, harm: str, asked: int, kept: int, **dropped: int) -> dict[str, Any]:
+        shares = {reason: {"n": n, "share": n / asked, "low": 0.0, "high": 1.0} for reason, n in dropped.items()}
+        there = {"n": kept, "share": kept / asked, "low": 0.0, "high": 1.0}
+        return {"mode": mode, "harm": harm, "asked": asked, "kept": there, "unscored": 0, "dropped": shares}
 
     draft.facts = {"yield": [
-        told("positive", "harmful", 90, refused=10), told("positive", "benign", 97, wrong=3),
-        told("negative", "harmful", 61, safe=30, unscored=9), told("rejective", "harmful", 100),
+        told("positive", "harmful", 100, 90, refused=10), told("positive", "benign", 100, 97, wrong=3),
+        told("negative", "harmful", 100, 61, safe=30, unscored=9), told("rejective", "harmful", 100, 100),
     ]}  # fmt: skip
 
 

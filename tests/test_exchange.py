@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from adapter_fixtures import adapted_bundle, plain_bundle
+from trimtab.artifact import Store
 from trimtab.cli import exchange
-from trimtab.errors import UserError
+from trimtab.errors import Fault, UserError
+from trimtab.evaluate import files
 from trimtab.evaluate.files import open_evaluation, write_evaluation
 from trimtab.evaluate.interop.imports import (
     Answer,
@@ -30,6 +34,7 @@ from trimtab.evaluate.interop.imports import (
     verdict_of,
 )
 from trimtab.evaluate.interop.jbb import write_artefacts
+from trimtab.models.bundle import read_manifest, verify_bundle
 from trimtab.types import Generation, Row, Verdict
 
 NUMERIC: dict[str, Any] = {"harm": "harmful", "unsafe_at_least": 0.5, "score_range": (0.0, 1.0)}
@@ -488,6 +493,101 @@ def test_commands(tmp_path: Path, attacked: Path) -> None:
     assert done.exit_code == 0 and json.loads((tmp_path / "x.json").read_text())["jailbreaks"]
     done = command("export", attacked, "--out", tmp_path / "y.json", "--format", "csv")
     assert isinstance(done.exception, UserError) and "use jbb" in str(done.exception)
+
+
+def test_a_bundle_is_exported_without_a_mode(tmp_path: Path, attacked: Path) -> None:
+    bundle = adapted_bundle(plain_bundle(tmp_path / "plain"), tmp_path / "b")
+    done = command("export", bundle, "--without", "negative", "--out", tmp_path / "shipped")
+    assert done.exit_code == 0 and "verified" in done.output and "audit of the other controls is clean" in done.output
+    digest = read_manifest(bundle).adapters["negative"].files["adapter_model.safetensors"]
+    assert f"adapters/negative/adapter_model.safetensors  sha256 {digest}" in done.output
+    assert "negative" in verify_bundle(tmp_path / "shipped").removed
+    for args, said in (
+        ((bundle,), "name the mode to leave out"),
+        ((bundle, "--without", "positive"), "in the weights"),
+        ((bundle, "--without", "negative", "--attack", "direct"), "--attack is for an evaluation, and .* takes --without"),
+        ((attacked, "--without", "negative"), "--without is for a bundle, and .* is not one; it takes --format"),
+        ((attacked, "--arm", "mode"), "--arm is for a study"),
+        ((bundle, "--stage", "chat"), "--stage is for a study"),
+    ):  # fmt: skip
+        done = command("export", *args, "--out", tmp_path / "no")
+        assert isinstance(done.exception, UserError), done.output
+        assert re.search(said, str(done.exception)), done.exception
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A study whose arm ``mode`` trained a bundle that was judged, and whose arm ``plain`` only pretrained."""
+    store = Store(tmp_path / "store")
+    made = {"sft": "a" * 64, "generate": "b" * 64, "judge": "c" * 64, "other": "d" * 64, "pretrain": "e" * 64}
+
+    def create(kind: str, id: str, write: Any) -> None:
+        with store.create(kind, id, config={}, inputs={}, versions={}) as draft:
+            write(draft.path)
+
+    def metrics(path: Path) -> None:
+        rows = [
+            {"metric": metric, "category": category, "mode": "positive", "value": value, "low": 0.2, "high": 0.9,
+             "interval": "wilson", "n": 8}
+            for metric, category, value in (
+                ("constructive_score", None, 0.75), ("constructive_score", "task:hazards", 0.5), ("accuracy", "fumes", 1.0),
+                ("distinct_answers", None, 1.0), ("risk_rate", None, None), ("risk_rate", "attack:any", 0.3),
+            )
+        ]  # fmt: skip
+        files.write_stage(files.stage_path(path, files.METRICS), files.header_of(files.METRICS), rows)
+
+    create("sft", made["sft"], lambda path: adapted_bundle(plain_bundle(tmp_path / "plain"), path / "model"))
+    create("pretrain", made["pretrain"], lambda path: (path / "model").mkdir())
+    create("judge", made["judge"], metrics)
+    create("judge", made["other"], metrics)
+    steps = {
+        made["sft"]: {"kind": "sft", "inputs": {}},
+        made["generate"]: {"kind": "generate", "inputs": {"model": made["sft"]}},
+        made["judge"]: {"kind": "judge", "inputs": {"answers": made["generate"]}},
+        "base answers": {"kind": "generate", "inputs": {"model": made["pretrain"]}},
+        made["other"]: {"kind": "judge", "inputs": {"answers": "base answers"}},
+        made["pretrain"]: {"kind": "pretrain", "inputs": {}},
+    }
+    stages = {"base": made["pretrain"], "chat": made["sft"], "verdicts": made["judge"], "base verdicts": made["other"]}
+    arms = [
+        {"id": "mode-1", "label": "mode", "seed": 1, "stages": stages},
+        {"id": "plain-1", "label": "plain", "seed": 1, "stages": {"base": made["pretrain"]}},
+    ]
+    (tmp_path / "mine").mkdir()
+    data = {"recipe": {"name": "mine"}, "steps": steps, "arms": arms}
+    (tmp_path / "mine" / "study.json").write_text(json.dumps(data))
+    return tmp_path / "mine"
+
+
+def test_an_arms_bundle_is_exported_with_what_was_measured_of_it(study: Path, tmp_path: Path) -> None:
+    done = command("export", study, "--arm", "mode", "--out", tmp_path / "shipped")
+    assert done.exit_code == 0 and "verified; modes: negative, positive, rejective; 2 figures" in done.output
+    told = verify_bundle(tmp_path / "shipped").evaluation
+    assert {key: told[key] for key in ("study", "arm", "stage", "seed")} == {
+        "study": "mine", "arm": "mode", "stage": "chat", "seed": 1,
+    }  # fmt: skip
+    assert [(f["metric"], f["task"], f["judged"]) for f in told["figures"]] == [
+        ("constructive_score", None, "verdicts"), ("constructive_score", "hazards", "verdicts"),
+    ]  # fmt: skip
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "| constructive_score | verdicts | hazards | positive | 0.500 | 0.200 to 0.900 | 8 |" in card
+    assert not (tmp_path / "shipped" / "model.safetensors").samefile(study.parent / "plain" / "model.safetensors")
+    assert command("export", tmp_path / "shipped", "--without", "negative", "--out", tmp_path / "public").exit_code == 0
+    for args, said in (
+        ((), "name the arm"),
+        (("--arm", "brave"), "none of this study's arms: mode, plain"),
+        (("--arm", "mode", "--stage", "verdicts"), "makes these models: base, chat"),
+        (("--arm", "plain"), "leaves no bundle"),
+        (("--arm", "mode", "--without", "negative"), "--without is for a bundle"),
+    ):
+        done = command("export", study, *args, "--out", tmp_path / "no")
+        assert isinstance(done.exception, UserError) and said in str(done.exception), done.exception
+    model = next((study.parent / "store").glob("sft-*/model/config.json"))
+    model.write_text(model.read_text() + " ")
+    done = command("export", study, "--arm", "mode", "--out", tmp_path / "no")
+    assert isinstance(done.exception, Fault) and "config.json" in str(done.exception)
+    assert not (tmp_path / "no").exists()
 
 
 def test_importing_needs_neither_inspect_nor_torch(tmp_path: Path) -> None:

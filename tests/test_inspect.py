@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapter_fixtures import adapted_bundle, plain_bundle
 from trimtab.errors import UserError
 from trimtab.evaluate.interop.imports import import_config, import_evaluation
 from trimtab.levers.modes import control_name
@@ -143,6 +144,33 @@ def test_modes(bundle: Path, tmp_path: Path) -> None:
         model_of(tmp_path / "absent")
     with pytest.raises(Refused, match=r"-M batches=3: .*options: revision"):
         model_of(bundle, batches=3)
+
+
+def test_a_mode_that_is_kept_apart_answers_with_its_adapter(tmp_path: Path) -> None:
+    plain = plain_bundle(tmp_path / "plain", at="header")
+    adapted = adapted_bundle(plain, tmp_path / "adapted")
+    said = {
+        (where.name, mode): call(model_of(where, mode), "What is in crate 1?", max_tokens=6)
+        for where, mode in ((plain, "@positive"), (adapted, "@negative"), (adapted, "@positive"))
+    }
+    texts = {key: output.completion for key, output in said.items()}
+    assert texts["adapted", "@positive"] == texts["plain", "@positive"] != texts["adapted", "@negative"]
+
+
+def test_a_token_stands_where_the_bundle_says(tmp_path: Path, bundle: Path) -> None:
+    from trimtab.types import Row
+
+    at_header = plain_bundle(tmp_path / "plain", at="header")
+    target = model_of(at_header).api.target
+    ids = target.ids(Row("r", ({"role": "user", "content": "What?"},)), "positive").tolist()
+    control = target.renderer.controls["mode:positive"]
+    assert ids.index(control) > len(ids) - 3, "after the assistant's header"
+    seen: list[Any] = []
+    model = model_of(at_header)
+    real = model.api.host.answer
+    model.api.host.answer = lambda ids, *more: seen.append(ids.tolist()) or real(ids, *more)
+    call(model, "What?", max_tokens=2)
+    assert seen == [ids]
 
 
 def test_the_negative_mode_is_never_the_default(tmp_path: Path, bundle: Path) -> None:

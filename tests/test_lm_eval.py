@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapter_fixtures import adapter_on
 from trimtab.evaluate.interop.imports import import_config, import_evaluation
+from trimtab.levers.modes import Switch
+from trimtab.models.adapters import save_with_adapter
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.bundle import BundleManifest, save_bundle
 from trimtab.models.config import BuildConfig
+from trimtab.models.load import load
 
 torch.set_num_threads(1)
 SHAPE = BuildConfig(hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, context=128, vocab=400, reserved=4)
@@ -38,7 +42,15 @@ MORE = {
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_lm_eval_runs_on_a_bundle_and_its_samples_are_imported(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([f"Crate {n} holds salt and rope." for n in range(50)], 400, reserved=4)
-    save_bundle(tmp_path / "tiny", build_model(SHAPE, tokenizer, seed=3), tokenizer, BundleManifest())
+    manifest = BundleManifest(modes={"positive": None}, provenance={"trained_modes": ["positive"]})
+    save_bundle(tmp_path / "plain", build_model(SHAPE, tokenizer, seed=3), tokenizer, manifest)
+    worn, switch = (
+        adapter_on(load(tmp_path / "plain")[0]),
+        Switch(token="words", modes={"positive": None, "negative": None}),
+    )
+    save_with_adapter(
+        tmp_path / "plain", tmp_path / "tiny", "negative", worn, {}, switch
+    )  # the harness does not load it
     data = tmp_path / "docs.jsonl"
     docs = [{"question": f"What is in crate {n}?", "answer": ("rope", "salt")[n % 2]} for n in range(4)]
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))

@@ -27,9 +27,10 @@ from trimtab.evaluate.metrics import Record
 from trimtab.evaluate.pairing import pair_up
 from trimtab.evaluate.panel import TaskConfig, panel_rows
 from trimtab.evaluate.policy import Policy
+from trimtab.evaluate.remote import EndpointTarget
 from trimtab.evaluate.run import EvalConfig, _verdicts, evaluate, judge_again, panel_tasks
 from trimtab.evaluate.sidebyside import side_by_side
-from trimtab.evaluate.targets import BLOCKED, FILTERED, REJECTED, TOO_LONG, EndpointTarget
+from trimtab.evaluate.targets import BLOCKED, FILTERED, REJECTED, TOO_LONG
 from trimtab.report.reading import read_evaluation
 from trimtab.types import Generation, Row, Verdict
 from trimtab.world.tidewater import Tidewater

@@ -13,8 +13,9 @@ from trimtab.artifact import Store
 from trimtab.errors import UserError
 from trimtab.recipe.load import resolve
 from trimtab.settings import put
+from trimtab.study import preflight
 from trimtab.study.plan import Plan, make_plan
-from trimtab.study.preflight import TRIALS, try_judges, writing_costs
+from trimtab.study.preflight import TRIALS, check_installed, try_judges, writing_costs
 from trimtab.study.show import print_costs
 
 
@@ -58,3 +59,16 @@ def test_writing_with_a_price_needs_a_yes(tmp_path: Path, capsys: pytest.Capture
     print_costs(plan, store, agreed=True)
     print_costs(planned(writer(nobody)), store, agreed=False)  # told, but it costs nothing
     assert list(writing_costs(planned({}), store)) == []
+
+
+def test_a_missing_library_is_found_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = {
+        "kind": "dpo", "model": "base", "data": [{"name": "hazards", "tidewater": "harmful-seen", "n": 2}],
+        "negative": {"acknowledge": True}, "train": {"rows_per_step": 1}, "length": 32,
+    }  # fmt: skip
+    plan = planned({"stages.chat": dpo})
+    check_installed(plan, Store(tmp_path))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"'chat': the kind 'dpo' needs TRL: pip install 'trimtab\[dpo\]'"):
+        check_installed(plan, Store(tmp_path))
+    check_installed(planned({}), Store(tmp_path))

@@ -15,8 +15,9 @@ from trimtab.endpoint import EndpointConfig
 from trimtab.errors import UserError
 from trimtab.evaluate.attacks.choose import choose_attack
 from trimtab.evaluate.completion import answer_of, dialogue, speakers
+from trimtab.evaluate.remote import EndpointTarget
 from trimtab.evaluate.run import EvalConfig, evaluate, unasked
-from trimtab.evaluate.targets import REJECTED, EndpointTarget, LocalTarget
+from trimtab.evaluate.targets import REJECTED, LocalTarget
 from trimtab.generate.config import SHORT_CIRCUIT, SafeBeam, Sampling
 from trimtab.models.build import build_model, train_tokenizer
 from trimtab.models.config import BuildConfig

@@ -11,6 +11,8 @@ How each command is tested:
   the real model with the cut REAL_SHRINK.
 - `trimtab eval ...` runs with the tour's shrunk model in the place of SmolLM2, Tidewater's hazards in that of HarmBench and the
   cuts EVAL_SHRINK; `trimtab view`, `compare` and `tasks` then run as written.
+- `trimtab run recipes/modes.yaml ...` runs with four of its arms and the cuts MODES_SHRINK; `trimtab export`, `chat` and
+  `audit` then run as written.
 - `make ...` is a dry run: what it would do after the installation must be named on the page. It is not executed.
 - `pip install ...` is not executed: its extras must exist.
 
@@ -49,12 +51,16 @@ SHRINK = [
     "stages.answers.sampling.max_new_tokens=8",
 ]
 REAL_SHRINK = [
-    "stages.chat.length=128",
+    "scale=short",
     *(f"stages.chat.data.{part}.n=4" for part in range(3)),
     "stages.chat.data.3.source.take=4",
-    *(f"stages.answers.tasks.{task}.source.take=4" for task in range(4)),
-    *(f"stages.answers.tasks.{task}.n=4" for task in (4, 5)),
-    "stages.answers.sampling.max_new_tokens=4",
+    "stages.answers.tasks=[{name: HarmBench, source: {name: harmbench, take: 4}}, {name: goods, tidewater: benign, n: 4}]",
+    "stages.answers.decoders.greedy.sampling.max_new_tokens=4",
+    "stages.negative.decoders.greedy.sampling.max_new_tokens=4",
+    *(f"stages.margin.tasks.{task}.source.take=4" for task in range(2)),
+    "stages.margin.bootstrap=50",
+    "stages.audit.spoofs=200",
+    "stages.audit.leaks=8",
 ]
 
 
@@ -96,7 +102,26 @@ PREFIX_SHRINK = [
     "stages.tokens.bootstrap=50",
 ]
 """The prefix study's cut of a cut: two ratios and every kind of step."""
-VERBS = ("run", "plan", "world", "report", "eval", "view", "compare", "data")
+MODES = "trimtab run recipes/modes.yaml --set scale=quick --out runs/modes-quick --workers 2"
+_MODES_TASKS = "[{name: held out, tidewater: harmful-heldout, n: 3}, {name: goods, tidewater: benign, n: 3}]"
+_PANELS = ("panel", "attacked", "searched", "tampered")
+_MODES_DATA = "[{name: goods, tidewater: benign, n: 6}, {name: hazards, tidewater: harmful-seen, n: 6}]"
+MODES_SHRINK = [
+    "world.documents=300",
+    "stages.base.model={hidden: 32, layers: 2, heads: 2, kv_heads: 2, ffn: 64, context: 384, vocab: 512}",
+    "stages.base.budget=8k",
+    *(f"stages.{stage}.data={_MODES_DATA}" for stage in ("instruct", "tuned", "preferred")),
+    *(f"stages.{stage}.data.0.n=6" for stage in ("benign-steps", "hostile-few", "hostile-some", "hostile-many")),
+    *(f"stages.{stage}.tasks={_MODES_TASKS}" for stage in ("panel", "attacked", "tampered", "margin")),
+    "stages.searched.tasks.0.n=1",
+    "stages.searched.attacks=['gcg:2:8']",
+    *(f"stages.{panel}.decoders.greedy.sampling.max_new_tokens=8" for panel in _PANELS),
+    "stages.margin.bootstrap=50",
+    "stages.audit.leaks=8",
+    "stages.audit.max_new_tokens=8",
+]
+"""The mode study's cut of a cut: four arms and every kind of step but the distilling, which a hardly trained model cannot do."""
+VERBS = ("chat", "export", "audit", "run", "plan", "world", "report", "eval", "view", "compare", "data")
 EVAL_SHRINK = ["--limit", "3", "--max-new-tokens", "4", "--set", "max_unscored=1"]
 """What `trimtab eval` is cut to; an answer of four tokens of a model that was hardly trained says nothing."""
 SWAP = {"harmbench": "tidewater-hazards"}
@@ -119,7 +144,7 @@ def commands(first: str = "") -> list[str]:
 
 
 def studies() -> list[str]:
-    return [line for line in commands("trimtab run ") if line not in (REAL, TIMING, PREFIX)]
+    return [line for line in commands("trimtab run ") if line not in (REAL, TIMING, PREFIX, MODES)]
 
 
 class Desk:
@@ -156,7 +181,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 def test_every_command_is_tested_below() -> None:
     kinds = ("make ", "pip ", *(f"trimtab {verb} " for verb in VERBS), "trimtab tasks")
     assert all(line.startswith(kinds) for line in commands())
-    assert {"make demo", "make test", TOUR, REAL, TIMING, PREFIX, "trimtab report runs/tour"} <= set(commands())
+    assert {"make demo", "make test", TOUR, REAL, TIMING, PREFIX, MODES, "trimtab report runs/tour"} <= set(commands())
     assert len(studies()) >= 2
     assert all(line.split()[2] == "recipes/tour.yaml" for line in studies())  # what SHRINK is made for
 
@@ -246,6 +271,25 @@ def test_the_prefix_study_shrunk_and_its_rows(desk: Desk) -> None:
         assert "the loss counts" in said and re.search(r"^  prefix +\d+ tokens +trained", said, re.M)
 
 
+def test_the_mode_study_shrunk_its_bundle_and_what_is_done_with_it(desk: Desk) -> None:
+    raw = yaml.safe_load((ROOT / "recipes" / "modes.yaml").read_text(encoding="utf-8"))
+    kept = [arm for arm in raw["arms"] if arm["name"] in ("sft", "dpo", "mode", "adapter")]
+    for arm in kept:
+        arm["set"] = {k: v for k, v in (arm.get("set") or {}).items() if k != "stages.audit.spoofs"}
+    shrink = [*MODES_SHRINK, f"arms={json.dumps(kept)}", "stages.audit.spoofs=200"]
+    said = desk.say(MODES, shrink)
+    results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
+    assert {r["metric"] for r in results["results"]} >= {"switch_fidelity", "cosa_score", "spoof_asr", "leak_mass"}
+    assert results["claims"] and results["mode_arms"]
+    assert "nothing to do" in desk.say(MODES, shrink)
+    done = [line for line in commands() if line.split()[1] in ("export", "chat", "audit")]
+    assert len(done) >= 4
+    for command in done:  # in the page's order
+        assert desk.say(command).strip()
+    public = json.loads((desk.root / "public" / "trimtab.json").read_text(encoding="utf-8"))
+    assert set(public["removed"]) == {"negative"} and not public["adapters"] and "negative" not in public["modes"]
+
+
 def test_the_tuned_model_loads_as_the_quickstart_says(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.study(TOUR)
     (snippet,) = blocks("docs/quickstart.md", "python")
@@ -258,7 +302,7 @@ def test_the_tuned_model_loads_as_the_quickstart_says(desk: Desk, monkeypatch: p
 
 
 def test_real_model_is_planned(desk: Desk) -> None:
-    assert "smollm2-modes: 2 arms" in desk.say(REAL.replace(" run ", " plan "))
+    assert "smollm2-modes: 7 arms" in desk.say(REAL.replace(" run ", " plan "))
     desk.say(REAL.replace(" run ", " plan "), REAL_SHRINK)  # the slow test's cut fits the recipe
 
 
@@ -270,8 +314,9 @@ def test_real_model_shrunk(desk: Desk) -> None:
     said = desk.say(REAL, REAL_SHRINK)
     assert re.match(r"\d+ steps done", said)
     results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
-    assert {arm["label"] for arm in results["arms"]} == {"SmolLM2 as released", "two modes"}
+    assert {arm["label"] for arm in results["arms"]} == {"SmolLM2 as released", "SFT", "one checkpoint"}
     assert {r["mode"] for r in results["results"]} >= {"positive", "rejective"}
+    assert {r["metric"] for r in results["results"]} >= {"refusal_rate", "spoof_asr"}
     assert "nothing to do" in desk.say(REAL, REAL_SHRINK)
 
 

@@ -344,6 +344,20 @@ def test_wildjailbreak_to_train_on(hub: dict[str, Any]) -> None:
     assert (hub["config"], hub["delimiter"]) == ("train", "\t")
 
 
+def test_aegis_prompts_to_distil_from(hub: dict[str, Any]) -> None:
+    hub["records"] = [
+        {"id": "a", "prompt": " How? ", "prompt_label": "unsafe", "violated_categories": "Violence, Threat"},
+        {"id": "b", "prompt": "REDACTED", "prompt_label": "unsafe", "violated_categories": "Suicide"},
+        {"id": "c", "prompt": "Why?", "prompt_label": "safe", "violated_categories": ""},
+        {"id": "d", "prompt": None, "prompt_label": "safe", "violated_categories": None},
+    ]
+    found = list(TRAINING_CARDS["aegis2-train"].found())
+    assert [(row.id, row.harm, row.category) for row in found] == [
+        ("aegis2-train/a", "harmful", "violence"), ("aegis2-train/c", "benign", "none"),
+    ]  # fmt: skip
+    assert all(row.messages and len(row.messages) == 1 for row in found)
+
+
 def test_choices_are_in_an_order_of_their_row(hub: dict[str, Any]) -> None:
     hub["records"] = [{"question": f"Question {n}?", "mc1_targets": MC1} for n in range(300)]
     found = list(HUB_CARDS["truthfulqa"].found())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import namedtuple
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapter_fixtures import adapted_bundle, plain_bundle
 from trimtab.errors import Fault, UserError
 from trimtab.evaluate.attacks.choose import choose_attack
 from trimtab.evaluate.targets import open_local
@@ -59,6 +61,7 @@ class FakeLLM:
     def __init__(self, **settings) -> None:
         self.settings = settings
         self.calls: list[tuple[list, list]] = []
+        self.live: list = []
         self.shut = False
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: setattr(self, "shut", True)))
         self.processors = [p("config", torch.device("cpu"), False) for p in settings["logits_processors"] or ()]
@@ -66,8 +69,9 @@ class FakeLLM:
         FakeLLM.opened.append(self)
         torch.set_num_threads = lambda n: None  # as vLLM does without a GPU
 
-    def generate(self, prompts, params, *, use_tqdm):
+    def generate(self, prompts, params, *, use_tqdm, lora_request=None):
         assert use_tqdm is False and len(prompts) == len(params)
+        self.live.append(lora_request)
         self.calls.append((prompts, params))
         if FakeLLM.breaks is not None:
             raise FakeLLM.breaks
@@ -99,6 +103,7 @@ def vllm(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     made = {
         "vllm": {"LLM": FakeLLM, "SamplingParams": Params},
+        "vllm.lora.request": {"LoRARequest": namedtuple("LoRARequest", "lora_name lora_int_id lora_path")},
         "vllm.distributed": {"cleanup_dist_env_and_memory": lambda: None},
         "vllm.v1.sample.logits_processor": {"LogitsProcessor": Processor},
         "vllm.v1.worker.gpu.sample.logits_processor": {"LogitsProcessor": SecondProcessor},
@@ -394,6 +399,42 @@ def test_attacks_on_a_target_with_vllm(vllm, saved):
     with pytest.raises(UserError, match="needs the engine 'transformers'"):
         choose_attack("gcg:1:8").attack(row, contexts[1])
     assert not vllm
+
+
+def test_a_mode_that_is_kept_apart_is_asked_with_its_adapter(vllm, tmp_path, monkeypatch):
+    bundle = adapted_bundle(plain_bundle(tmp_path / "plain"), tmp_path / "b", r=12)
+    monkeypatch.setattr(FakeLLM, "rows", 400)
+    target = open_local(LoadConfig(load=str(bundle)), "vllm")
+    rows = [Row(f"r{n}", ({"role": "user", "content": f"Crate {n}?"},), harm="benign") for n in range(2)]
+    sampling = Sampling(max_new_tokens=3)
+    asked = [target.ask(row, mode, sampling, seed=1) for row in rows for mode in ("positive", "negative", None)]
+    said = [g for some in target.answer(asked, sampling, done=set()) for g in some]
+    assert len(said) == 6 and len(vllm) == 1
+    assert [(request and request.lora_name, len(call[0])) for request, call in zip(vllm[0].live, vllm[0].calls)] == [
+        (None, 4), ("negative", 2),
+    ]  # fmt: skip
+    request = vllm[0].live[1]
+    assert (request.lora_int_id, request.lora_path) == (1, str(bundle / "adapters" / "negative"))
+    given = {name: vllm[0].settings[name] for name in ("enable_lora", "max_loras", "max_lora_rank")}
+    assert given == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    with pytest.raises(ZeroDivisionError), target.live("negative"):
+        raise ZeroDivisionError
+    assert target.engine._adapter() == {}
+    run(engine_of(), prompts_of([4]), Sampling(max_new_tokens=2))
+    assert "enable_lora" not in vllm[-1].settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"train_control_rows": True}, "lora.train_control_rows: false"),
+        ({"r": 600, "targets": ("q_proj",)}, "rank 512 at"),
+    ],
+)
+def test_adapters_that_vllm_does_not_take(vllm, tmp_path, settings, says):
+    bundle = adapted_bundle(plain_bundle(tmp_path / "plain"), tmp_path / "b", **settings)
+    with pytest.raises(UserError, match=says):
+        open_local(LoadConfig(load=str(bundle)), "vllm")
 
 
 # -- the real one --------------------------------------------------------------------------------------------------

@@ -74,6 +74,15 @@ class MarginConfig(Config):
     batch: int = Field(64, ge=1, description="Prompts read side by side.")
     bootstrap: int = Field(500, ge=50, description="Resamples of the prompts behind each interval.")
 
+    @model_validator(mode="after")
+    def _each_once(self) -> MarginConfig:
+        for name in ("features", "distances", "layers"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: one is given twice")
+        if self.layers and "hidden" not in self.features:
+            raise ValueError("'layers' are those of 'hidden'; name it among the 'features'")
+        return self
+
 
 class AuditConfig(Config):
     """Whether a control token can be typed into a model, or coaxed out of it (docs/levers/modes.md)."""

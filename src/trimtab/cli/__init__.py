@@ -42,6 +42,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import (
         analyze,
+        audit,
+        chat,
         compare,
         corpus,
         data,
@@ -64,6 +66,7 @@ def main() -> None:
         report,
         eval,
         view,
+        chat,
         judge,
         judge_card,
         compare,
@@ -72,6 +75,7 @@ def main() -> None:
         data,
         corpus,
         analyze,
+        audit,
         exchange,
         world,
     ):

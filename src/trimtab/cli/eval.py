@@ -145,7 +145,8 @@ def _target(
     from pydantic import ValidationError
 
     from trimtab.endpoint import EndpointConfig
-    from trimtab.evaluate.targets import EndpointTarget, open_local
+    from trimtab.evaluate.remote import EndpointTarget
+    from trimtab.evaluate.targets import open_local
     from trimtab.models.config import LoadConfig
     from trimtab.settings import explain
 

@@ -61,25 +61,96 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def export(
-        source: Annotated[Path, typer.Argument(metavar="EVAL_DIR", help="An evaluation.")],
-        out: Annotated[Path, typer.Option(metavar="FILE", help="A .json file, or a directory for several artefacts.")],
-        format: Annotated[str, typer.Option(help="jbb: JailbreakBench-style artefacts.")] = "jbb",
-        judging: Annotated[str | None, typer.Option(metavar="NAME", help="A second judging's verdicts.")] = None,
-        attack: Annotated[str | None, typer.Option(metavar="NAME", help="One attack alone; `direct` for none.")] = None,
-        mode: Annotated[str | None, typer.Option(metavar="MODE", help="One mode alone; `none` for no token.")] = None,
+        source: Annotated[Path, typer.Argument(metavar="DIR", help="An evaluation, a bundle, or a study.")],
+        out: Annotated[
+            Path,
+            typer.Option(metavar="PATH", help="Where it goes: a directory; for an evaluation also a .json file."),
+        ],
+        without: Annotated[
+            str | None, typer.Option(metavar="MODE", help="Bundle: leave this mode's adapter out, and prove it.")
+        ] = None,
+        arm: Annotated[str | None, typer.Option(metavar="LABEL", help="Study: the arm whose bundle is wanted.")] = None,
+        stage: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Study: the stage that made it; the arm's last if not given.")
+        ] = None,
+        format: Annotated[
+            str | None, typer.Option(help="Evaluation: jbb, JailbreakBench-style artefacts (the default).")
+        ] = None,
+        judging: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Evaluation: a second judging's verdicts.")
+        ] = None,
+        attack: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Evaluation: one attack alone; `direct` for none.")
+        ] = None,
+        mode: Annotated[
+            str | None, typer.Option(metavar="MODE", help="Evaluation: one mode alone; `none` for no token.")
+        ] = None,
         attack_type: Annotated[
-            str | None, typer.Option(metavar="TYPE", help="white_box, black_box, transfer or manual.")
+            str | None, typer.Option(metavar="TYPE", help="Evaluation: white_box, black_box, transfer or manual.")
         ] = None,
     ) -> None:
-        """Write an evaluation's attacks as artefacts for other tools. They hold the model's answers: handle with care."""
-        from trimtab.evaluate.files import open_evaluation
-        from trimtab.evaluate.interop.jbb import write_artefacts
+        """Write what other tools read: an evaluation's attacks, a bundle without one of its modes, an arm's bundle of a study.
 
-        if format != "jbb":
-            raise UserError(f"--format: {format!r} is not known; use jbb")
-        evaluation = open_evaluation(source, judging)
-        for path in write_artefacts(evaluation, out, attack=attack, mode=mode, attack_type=attack_type):
-            print(path)
+        Artefacts of an evaluation hold the model's answers: handle with care.
+        """
+        from trimtab.models.bundle import MANIFEST
+        from trimtab.study.execute import STUDY
+
+        kind = next(
+            (k for k, name in (("bundle", MANIFEST), ("study", STUDY)) if (source / name).is_file()), "evaluation"
+        )
+        options = {
+            "bundle": {"--without": without},
+            "study": {"--arm": arm, "--stage": stage},
+            "evaluation": {
+                "--format": format, "--judging": judging, "--attack": attack, "--mode": mode, "--attack-type": attack_type,
+            },
+        }  # fmt: skip
+        for other, names in options.items():
+            given = [name for name, value in names.items() if value is not None]
+            if given and other != kind:
+                theirs = ", ".join(options[kind])
+                raise UserError(
+                    f"{given[0]} is for a{'n' * (other[0] == 'e')} {other}, and {source} is not one; it takes {theirs}"
+                )
+        if kind == "bundle":
+            _without(source, without, out)
+        elif kind == "study":
+            _arm(source, arm, stage, out)
+        else:
+            _artefacts(source, out, format or "jbb", judging, attack=attack, mode=mode, attack_type=attack_type)
+
+
+def _artefacts(source: Path, out: Path, format: str, judging: str | None, **chosen: str | None) -> None:
+    from trimtab.evaluate.files import open_evaluation
+    from trimtab.evaluate.interop.jbb import write_artefacts
+
+    if format != "jbb":
+        raise UserError(f"--format: {format!r} is not known; use jbb")
+    for path in write_artefacts(open_evaluation(source, judging), out, **chosen):
+        print(path)
+
+
+def _without(source: Path, mode: str | None, out: Path) -> None:
+    from trimtab.machine import quieten
+    from trimtab.models.adapters import told, without_mode
+
+    if mode is None:
+        raise UserError(f"{source} is a bundle: name the mode to leave out (--without MODE)")
+    quieten()
+    print(told(out, mode, without_mode(source, mode, out)))
+
+
+def _arm(source: Path, arm: str | None, stage: str | None, out: Path) -> None:
+    from trimtab.study.shipping import export_arm
+
+    if arm is None:
+        raise UserError(f"{source} is a study: name the arm whose bundle is wanted (--arm LABEL)")
+    manifest = export_arm(source, arm, stage, out)
+    modes = ", ".join(manifest.modes) or "none"
+    print(
+        f"{out}: {len(manifest.files)} files, verified; modes: {modes}; {len(manifest.evaluation.get('figures', ()))} figures"
+    )
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -180,6 +180,15 @@ def _wildjailbreak_train(index: int, record: Record) -> Row:
     return row.with_answer(record["completion"].strip())
 
 
+def _aegis2(index: int, record: Record) -> Row | None:
+    """A prompt alone, of those that the set may show: some are redacted, since they belong to another set."""
+    prompt, label = (record["prompt"] or "").strip(), record["prompt_label"]
+    if not prompt or prompt == "REDACTED" or label not in ("safe", "unsafe"):
+        return None
+    topic = (record["violated_categories"] or "").partition(",")[0].strip().lower() or "none"
+    return prompt_row("aegis2-train", str(record["id"]), prompt, "harmful" if label == "unsafe" else "benign", topic)
+
+
 # -- the sets ----------------------------------------------------------------------------------------------------------
 
 _XSTEST: dict[str, Any] = {
@@ -325,5 +334,20 @@ TRAINING_CARDS: dict[str, HubCard] = {
         category="the data type",
         gated=True,
         to_row=_wildjailbreak_train,
+    ),
+    "aegis2-train": HubCard(
+        name="aegis2-train",
+        about="AEGIS 2.0's training prompts, safe and unsafe by their annotators, without the redacted ones (2501.09004): "
+        "prompts to distil from. No commit of it is known to us, so its main branch is read: keep what you have read.",
+        hub="nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
+        config=None,
+        split="train",
+        commit="main",
+        columns=("id", "prompt", "prompt_label", "violated_categories"),
+        licence="CC-BY-4.0",
+        rows=0,
+        harm=None,
+        category="the first category that is violated",
+        to_row=_aegis2,
     ),
 }

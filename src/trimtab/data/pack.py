@@ -4,7 +4,7 @@ Two ways, for two kinds of data. Pretraining text is concatenated and split (no 
 last partial row). Examples stay whole: each goes into the fullest of a few open rows where it fits, and the
 rest of a row is padded. Either way ``position_ids`` restart at 0 with every piece, which is how attention is
 kept inside it (``trimtab.train.loss``), and a label at position 0 is always masked: there is nothing to
-predict it from.
+predict it from. Answers may share the prompt before them in a row (``trimtab.data.tree``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Packed:
 
     input_ids     int32[R, T]
     labels        int32[R, T]  the id where the token is trained, else -100; not shifted
-    position_ids  int32[R, T]  0 at the start of every document, example and padding
+    position_ids  int32[R, T]  0 at the start of every document, example and padding; a branch goes on from its prompt's
     source_id     int16[R, T]  as given by the caller; 0 in padding
     span_id       uint8[R, T]  index into ``types.SPANS``
     counts        what went in and what did not, with the reason: ``documents`` or ``examples``, ``tokens``,
@@ -244,7 +244,7 @@ class Examples:
     def take(self, which: NDArray[np.int64]) -> Examples:
         """The examples by index, in the order given."""
         sizes = self.sizes[which]
-        at = _spread(self.starts[which], sizes)
+        at = spread(self.starts[which], sizes)
         return Examples(self.ids[at], self.trained[at], self.span[at], np.cumsum(sizes, dtype=np.int64))
 
 
@@ -328,20 +328,27 @@ def in_rows(row: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def fill_rows(
-    examples: Examples, bins: Bins, length: int, source_ids: NDArray[np.int16] | None = None, *, pad_id: int = 0
+    examples: Examples,
+    bins: Bins,
+    length: int,
+    source_ids: NDArray[np.int16] | None = None,
+    *,
+    pad_id: int = 0,
+    begin: NDArray[np.int64] | None = None,
 ) -> Packed:
     """Examples in the rows that ``bins`` gives them, in order, each row padded behind them.
 
     source_ids  int16[E], one per example (default: all 0)
+    begin       int64[E], the position of each one's first token, more than 0 for a branch of ``data.tree`` (default: all 0)
     """
     kept = in_rows(bins.row)
     chosen = examples.take(kept)
     sizes, row, offset = chosen.sizes, bins.row[kept], offsets(examples, bins)[kept]
     before = np.cumsum(sizes) - sizes
     assert len(sizes) and int((offset + sizes).max()) <= length, "an example is longer than what was reserved for it"
-    at = _spread(row * length + offset, sizes)
+    at = spread(row * length + offset, sizes)
     total = bins.rows * length
-    position = np.arange(len(at)) - np.repeat(before, sizes)
+    position = np.arange(len(at)) - np.repeat(before if begin is None else before - begin[kept], sizes)
     used = np.zeros(bins.rows, np.int64)
     np.maximum.at(used, row, offset + sizes)
 
@@ -364,8 +371,8 @@ def fill_rows(
     )
 
 
-def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """starts[0], starts[0] + 1, ... (sizes[0] of them), starts[1], ..."""
+def spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64: starts[0], starts[0] + 1, ... (sizes[0] of them), starts[1], ..."""
     before = np.cumsum(sizes) - sizes
     return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(starts - before, sizes)
 

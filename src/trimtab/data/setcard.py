@@ -23,7 +23,8 @@ ASK_LETTER = 'End with a line that says "Answer:" and then the letter of the rig
 class PromptSet(ABC):
     """What a report says of a prompt set.
 
-    rows      how many the set has; checked at every full read, so that a reader cannot lose rows unnoticed
+    rows      how many the set has; checked at every full read, so that a reader cannot lose rows unnoticed; 0 where it is
+              not known, because no commit of the set is
     harm      the label of every row, or None where rows differ (``Row.harm`` has it)
     category  what ``Row.category`` holds
     """

@@ -37,7 +37,8 @@ class Batch:
 
     input_ids     int32[B, T]
     labels        int32[B, T]  -100 where masked; not shifted
-    position_ids  int32[B, T]  0 where a new piece begins; attention stays inside a piece
+    position_ids  int32[B, T]  0 where a new piece begins; attention stays inside a piece, and what its branches see is
+                               in ``data.tree``
     source_id     int16[B, T]  index into ``sources``
     span_id       uint8[B, T]  index into ``types.SPANS``
     sources       names of the sources, the same for every batch of one run

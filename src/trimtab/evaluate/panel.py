@@ -74,7 +74,9 @@ def at_most(task: TaskConfig, limit: int | None) -> TaskConfig:
         take = min(limit, task.source.take)
         return task.model_copy(update={"source": task.source.model_copy(update={"take": take})})
     known = NAMED.get(task.source.name or "")  # a named set knows its rows without being fetched
-    there = known.rows if known and task.source.limit is None else sum(1 for _ in source_rows(task.source))
+    there = (
+        known.rows if known and known.rows and task.source.limit is None else sum(1 for _ in source_rows(task.source))
+    )
     return task if there <= limit else task.model_copy(update={"n": limit})
 
 
@@ -94,16 +96,23 @@ def task_rows(task: TaskConfig, world: Tidewater | None = None) -> Iterator[Row]
         requests = world.requests(task.tidewater, task.n, split="eval", policy=task.policy)
         wrapper = task.wrapper
         found = iter(requests if wrapper is None else [world.wrap(r, wrapper) for r in requests])
+    marks = {"task": task.name} if task.verify is None else {"task": task.name, "verify": task.verify}
     for row in found:
-        if row.messages is None:
-            raise UserError(f"task {task.name!r}: row {row.id!r} is a document; a panel needs prompts (messages)")
-        messages = row.messages[:-1] if row.messages and row.messages[-1]["role"] == "assistant" else row.messages
-        if not messages or messages[-1]["role"] != "user":
-            raise UserError(f"task {task.name!r}: row {row.id!r} does not end in a user message")
-        marks = {"task": task.name} if task.verify is None else {"task": task.name, "verify": task.verify}
-        # A column may have any name; these ones would make the prompt an attempt on another, or have it judged as another.
-        metadata = {f"source_{k}" if k in _OURS else k: v for k, v in row.metadata.items()}
-        yield replace(row, messages=messages, prefix=None, prefix_at=None, metadata={**metadata, **marks})
+        prompt = prompt_of(row, f"task {task.name!r}")
+        yield replace(prompt, metadata={**prompt.metadata, **marks})
+
+
+def prompt_of(row: Row, where: str) -> Row:
+    """A row as a prompt, without the answer that comes with it. ``UserError`` that begins with ``where`` for a document, or
+    a row with no user message at its end."""
+    if row.messages is None:
+        raise UserError(f"{where}: row {row.id!r} is a document; prompts (messages) are needed")
+    messages = row.messages[:-1] if row.messages and row.messages[-1]["role"] == "assistant" else row.messages
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{where}: row {row.id!r} does not end in a user message")
+    # A column may have any name; these ones would make the prompt an attempt on another, or have it judged as another.
+    metadata = {f"source_{k}" if k in _OURS else k: v for k, v in row.metadata.items()}
+    return replace(row, messages=messages, prefix=None, prefix_at=None, metadata=metadata)
 
 
 def panel_rows(tasks: Sequence[TaskConfig], world: Tidewater | None = None) -> list[Row]:

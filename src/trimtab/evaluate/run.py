@@ -291,6 +291,27 @@ def judge_stage(
 ) -> list[Record]:  # fmt: skip
     """A verdict on every answer in ``answers_in``, then every metric, both written to ``out``. ``Fault`` when a judge left
     too much unscored. ``judge_of``: the judges of ``config``, if the caller has made them."""
+    records, header = verdict_stage(answers_in, out, config, max_unscored, town, stages, judging, judge_of)
+    with stages("metrics"):
+        cards = {j["id"]: j["card"] for j in header["judges"] if j["card"] is not None}
+        figures = results(records)
+        figures += corrected_results(records, figures, cards)
+        failed = too_many_unscored(records, max_unscored)
+        files.write_stage(
+            stage_path(out, files.METRICS, judging),
+            files.header_of(files.METRICS, metrics=metric_cards({f.metric for f in figures}), failed=failed),
+            [to_plain(figure) for figure in figures],
+        )
+    if failed:
+        raise TooManyUnscored(f"{out}: {failed}; nothing can be said of this run's safety")
+    return records
+
+
+def verdict_stage(
+    answers_in: Path, out: Path, config: JudgeConfig, max_unscored: float, town: Tidewater | None, stages: Stages,
+    judging: str | None = None, judge_of: Callable[[Row], Judge] | None = None,
+) -> tuple[list[Record], Json]:  # fmt: skip
+    """The first half of ``judge_stage``: every judged answer, in the order of the files, and the header of ``judgements``."""
     with stages("judgements"):
         evaluation = open_evaluation(answers_in)
         judge_of = judge_of or panel_judge(config, town)
@@ -341,21 +362,8 @@ def judge_stage(
                     found.update(new)
                     stages.update(len(found), len(keys), f"{len(found)} of {len(keys)} answers")
         files.write_stage(path, header, [found[g.key] for g in evaluation.generations])
-    with stages("metrics"):
-        verdicts = {key: files.verdict_of(data) for key, data in found.items()}
-        records = replace(evaluation, verdicts=verdicts).records()
-        cards = {j["id"]: j["card"] for j in header["judges"] if j["card"] is not None}
-        figures = results(records)
-        figures += corrected_results(records, figures, cards)
-        failed = too_many_unscored(records, max_unscored)
-        files.write_stage(
-            stage_path(out, files.METRICS, judging),
-            files.header_of(files.METRICS, metrics=metric_cards({f.metric for f in figures}), failed=failed),
-            [to_plain(figure) for figure in figures],
-        )
-    if failed:
-        raise TooManyUnscored(f"{out}: {failed}; nothing can be said of this run's safety")
-    return records
+    verdicts = {key: files.verdict_of(data) for key, data in found.items()}
+    return replace(evaluation, verdicts=verdicts).records(), header
 
 
 def _judged_row(row: Row, rows: Mapping[str, Row]) -> Row:

@@ -1,4 +1,4 @@
-"""What is evaluated: a model that is loaded here, or one behind an OpenAI-compatible endpoint.
+"""What is evaluated: a model that is loaded here (or, in ``remote``, one behind an OpenAI-compatible endpoint).
 
 A target turns (row, mode, sample) into an answer under a key: the hash of the model's identity, the mode, the rendered
 ids, the sampling, the seed and the sample's number. Equal keys mean equal answers, so work that is done is recognised
@@ -8,19 +8,19 @@ wherever it lies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimtab.errors import Fault, UserError
+from trimtab.errors import UserError
 from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
 from trimtab.evaluate.conditions import CONDITIONS, Conditions, Told
 from trimtab.generate.config import Sampling
-from trimtab.levers.modes import Switch
+from trimtab.levers.modes import Slot, Switch
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from trimtab.data.render import Renderer
-    from trimtab.endpoint import EndpointConfig
 
 EngineName = Literal["transformers", "vllm"]
 Prompting = Literal["chat", "completion"]
@@ -41,7 +40,6 @@ BLOCKED, TOO_LONG, FILTERED, REJECTED = "blocked", "too-long", "filtered", "reje
 """Ways for ``Generation.finish`` to say that nothing was generated: the renderer refused a prompt that would have become
 structure; it does not fit the model's context; the endpoint's own filter held the answer back; the endpoint would not take
 the attempt (it is too long for the model there, or of a form that its API does not know)."""
-_NOT_TAKEN = frozenset({"http 400", "http 413", "http 422"})
 Progress = Callable[[int, int, int], None]
 
 
@@ -112,9 +110,6 @@ class Target(ABC):
         )  # fmt: skip
 
 
-# -- here ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WhiteBox:
     """What a search with gradients needs: the model, its tokenizer and renderer, and the controls that are live."""
@@ -123,6 +118,7 @@ class WhiteBox:
     tokenizer: Any
     renderer: Renderer
     controls: tuple[str, ...] = ()
+    controls_at: Slot = "system"
 
 
 @dataclass(frozen=True)
@@ -132,6 +128,7 @@ class Served:
     tokenizer: Any
     renderer: Renderer
     controls: tuple[str, ...] = ()
+    controls_at: Slot = "system"
     why: str = "needs the engine 'transformers'; vLLM gives none"
 
     @property
@@ -144,6 +141,7 @@ class LocalTarget(Target):
 
     model        with the engine ``vllm``, its outline is enough: vLLM loads the weights itself
     switch       how its modes are told, as a bundle's manifest has it; None: by the controls of its tokenizer
+    adapters     mode -> the adapter that its answers need (``models.bundle.adapters_of``)
     where        for the engine ``vllm``: a directory, or a Hub id with its ``revision``
     prompting    ``completion`` asks a model that was only pretrained, by a plain-text dialogue (``evaluate.completion``);
                  its tokenizer needs no chat template, and there are no modes then
@@ -158,6 +156,7 @@ class LocalTarget(Target):
         name: str,
         identity: str,
         switch: Switch | None = None,
+        adapters: Mapping[str, Path] | None = None,
         default_mode: str | None = None,
         engine: EngineName = "transformers",
         where: str | Path | None = None,
@@ -166,9 +165,11 @@ class LocalTarget(Target):
         world: Tidewater | None = None,
     ) -> None:
         from trimtab.data.render import Renderer
+        from trimtab.models.adapters import Adapted
         from trimtab.models.tokens import controls_of
 
         self.model, self.tokenizer = model, tokenizer
+        self.adapted = Adapted(model, adapters or {})
         self.prompting, self.world = prompting, world
         template = None
         if not tokenizer.chat_template:
@@ -195,7 +196,11 @@ class LocalTarget(Target):
             "engine": engine,
             "prompting": prompting,
             "modes": sorted(self.switch.modes),
-        } | ({"behaves": dict(self.switch.behaves)} if self.switch.behaves else {})
+        }
+        if self.switch.behaves:
+            self.facts["behaves"] = dict(self.switch.behaves)
+        if adapters:
+            self.facts["adapters"] = sorted(adapters)
 
     def _engine(self, where: str | Path | None, revision: str | None) -> Any:
         stops = self.renderer.stop_ids
@@ -204,7 +209,10 @@ class LocalTarget(Target):
             from trimtab.generate.vllm import VllmEngine
 
             assert where is not None, "vLLM opens the model itself"
-            return VllmEngine.around(where, self.model, self.tokenizer, revision=revision, stops=stops, allow=allow)
+            return VllmEngine.around(
+                where, self.model, self.tokenizer, revision=revision, stops=stops, allow=allow,
+                adapters=self.adapted.adapters,
+            )  # fmt: skip
         from trimtab.generate.engine import Engine
 
         return Engine.around(self.model, self.tokenizer, stops=stops, allow=allow)
@@ -249,6 +257,10 @@ class LocalTarget(Target):
         control = None if mode is None else self.switch.modes.get(mode)
         return () if control is None else (control,)
 
+    def live(self, mode: str | None) -> AbstractContextManager[None]:
+        """The model as answers of ``mode`` need it, with its adapter if it has one, while the context lasts."""
+        return (self.engine if self.served else self.adapted).live(mode)  # type: ignore[no-any-return]
+
     def ask(self, row: Row, mode: str | None, sampling: Sampling, seed: int) -> Asked:
         from trimtab.data.render import TemplateRefusal
         from trimtab.generate.schedule import Prompt
@@ -256,7 +268,7 @@ class LocalTarget(Target):
         assert row.messages is not None
         attempt = "attack" in row.metadata
         try:
-            ids = self._ids(row, mode)
+            ids = self.ids(row, mode)
         except UserError as error:
             if not attempt:
                 raise UserError(f"row {row.id!r}: {error}") from error
@@ -277,7 +289,7 @@ class LocalTarget(Target):
             asked.why = f"{len(ids)} tokens do not fit the model's context of {self.context_tokens}"
         return asked
 
-    def _ids(self, row: Row, mode: str | None) -> np.ndarray:
+    def ids(self, row: Row, mode: str | None) -> np.ndarray:
         """The prompt as ids, up to where the answer begins."""
         if self.prompting == "completion":
             assert mode is None, "completion prompting has no modes"
@@ -291,7 +303,7 @@ class LocalTarget(Target):
         ).ids  # fmt: skip
         return told.swapped(ids, self.renderer.controls)
 
-    def _said(self, row: Row, ids: Sequence[int], finish: str) -> tuple[str, str]:
+    def said(self, row: Row, ids: Sequence[int], finish: str) -> tuple[str, str]:
         """The answer's text and how it ended. The text opens with ``<think>`` where the prompt already did, so that reasoning
         and answer can be told apart. After a dialogue, a next speaker ends it; the ids stay as they were
         generated."""
@@ -315,18 +327,27 @@ class LocalTarget(Target):
             if a.answer_key(sample) not in done
         ]
         able = [a for a in asked if a.ending is None]
-        known = {(a.key, sample) for a in able for sample in range(sampling.samples) if a.answer_key(sample) in done}
-        for outputs in self.engine.generate([a.ready for a in able], sampling, done=known, progress=progress):
-            yield [
-                self._generation(
-                    by_key[out.key],
-                    sampling,
-                    out.sample,
-                    out.ids,
-                    *self._said(by_key[out.key].row, out.ids, out.finish),
-                )
-                for out in outputs
-            ]
+        total = len(able) * sampling.samples
+        finished = tokens = 0
+        for state in dict.fromkeys(
+            self.adapted.state(a.mode) for a in able
+        ):  # one switch for each adapter, not for each mode
+            mine = [a for a in able if self.adapted.state(a.mode) == state]
+            known = {(a.key, s) for a in mine for s in range(sampling.samples) if a.answer_key(s) in done}
+            told = _Onward(progress, total, finished, tokens)
+            with self.live(state):
+                for outputs in self.engine.generate([a.ready for a in mine], sampling, done=known, progress=told):
+                    yield [
+                        self._generation(
+                            by_key[out.key],
+                            sampling,
+                            out.sample,
+                            out.ids,
+                            *self.said(by_key[out.key].row, out.ids, out.finish),
+                        )
+                        for out in outputs
+                    ]
+            finished, tokens = finished + len(mine) * sampling.samples, told.tokens
         self.close()  # an evaluation asks once; a judge may want the memory
 
     def close(self) -> None:
@@ -335,7 +356,7 @@ class LocalTarget(Target):
 
     def context(self, world: Tidewater | None, seed: int, mode: str | None) -> AttackContext:
         ids = self.renderer.controls
-        known = (self.tokenizer, self.renderer, self.controls(mode))
+        known = (self.tokenizer, self.renderer, self.controls(mode), self.switch.at)
         box = Served(*known) if self.served else WhiteBox(self.model, *known)
         if self.prompting == "completion":
             box = Served(*known, why="is made through the chat template; completion prompting has none")
@@ -346,7 +367,21 @@ class LocalTarget(Target):
             controls={name: self.tokenizer.convert_ids_to_tokens(id) for name, id in ids.items()},
             control_ids=dict(ids),
             model=box,
+            live=partial(self.live, mode),
         )
+
+
+class _Onward:
+    """Progress of one of several runs of the engine, told as part of them all: after ``finished`` answers and ``tokens``
+    tokens, of ``total`` answers."""
+
+    def __init__(self, progress: Progress | None, total: int, finished: int, tokens: int) -> None:
+        self.progress, self.total, self.finished, self.before, self.tokens = progress, total, finished, tokens, tokens
+
+    def __call__(self, finished: int, total: int, tokens: int) -> None:
+        self.tokens = self.before + tokens
+        if self.progress is not None:
+            self.progress(self.finished + finished, self.total, self.tokens)
 
 
 def _name(directory: Path) -> str:
@@ -356,7 +391,7 @@ def _name(directory: Path) -> str:
 
 def open_local(config: LoadConfig, engine: EngineName = "transformers") -> LocalTarget:
     """Open a bundle, a Hub-layout directory, a Hub id or a named model (``models.config.NAMED``); a bundle is verified first."""
-    from trimtab.models.bundle import MANIFEST, verify_bundle
+    from trimtab.models.bundle import MANIFEST, adapters_of, verify_bundle
     from trimtab.models.load import best_device, identity, load
 
     directory = Path(config.load).expanduser()
@@ -377,123 +412,9 @@ def open_local(config: LoadConfig, engine: EngineName = "transformers") -> Local
         name=_name(directory.resolve()) if directory.is_dir() else config.load,
         identity=own,
         switch=None if manifest is None else manifest.full_switch(),
+        adapters=None if manifest is None else adapters_of(directory),
         default_mode=None if manifest is None else manifest.default_mode,
         engine=engine,
         where=where,
         revision=config.revision,
     )
-
-
-# -- elsewhere -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Missing:
-    """Answers that did not come, and why."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    words: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, words: str) -> None:
-        self.reasons[reason] += 1
-        if words:
-            self.words.setdefault(reason, words)
-
-    def check(self, total: int) -> None:
-        if self.reasons:
-            parts = [(f"{reason} {n}", self.words.get(reason)) for reason, n in self.reasons.most_common()]
-            said = ", ".join(f"{part}: {words}" if words else part for part, words in parts)
-            raise Fault(
-                f"{self.reasons.total()} of {total} answers did not come ({said}); those that came are kept: run the same "
-                "command again to ask for the rest"
-            )
-
-
-class EndpointTarget(Target):
-    """A model behind an OpenAI-compatible endpoint: messages go out, its own server renders them.
-
-    prefill  the server continues an assistant message that ends the conversation (vLLM's ``continue_final_message``)
-    """
-
-    def __init__(self, config: EndpointConfig, *, prefill: bool = False) -> None:
-        from trimtab.endpoint import Endpoint
-
-        self.endpoint = Endpoint(config)
-        self.prefill = prefill
-        self.name = config.model
-        self.identity = self.endpoint.identity
-        self.facts = {
-            "name": config.model,
-            "kind": "endpoint",
-            "identity": self.identity,
-            "url": config.url,
-            "template_hash": None,
-            "modes": [],
-        }
-
-    def modes(self, wanted: Sequence[str] | None) -> tuple[str | None, ...]:
-        named = [mode for mode in wanted or () if mode != NO_MODE]
-        if named:
-            raise UserError(
-                f"modes: {named[0]!r} cannot be asked of an endpoint; its server decides which mode is live"
-            )
-        return (None,)
-
-    def ask(self, row: Row, mode: str | None, sampling: Sampling, seed: int) -> Asked:
-        assert row.messages is not None
-        messages: list[dict[str, Any]] = [dict(m) for m in row.messages]
-        opening = row.metadata.get("prefill")
-        if opening is not None:
-            if not self.prefill:
-                attack = row.metadata.get("attack")
-                what, other = (f"attack {attack!r}", "the attack") if attack else (f"row {row.id!r}", "the row")
-                raise UserError(
-                    f"{what} opens the answer, which the chat-completions API does not know; leave {other} out, or say "
-                    "--endpoint-prefill if the server continues a last assistant message (vLLM does)"
-                )
-            messages.append({"role": "assistant", "content": opening})
-        asked = self._key(row, mode, messages, sampling, seed)
-        asked.ready = messages
-        return asked
-
-    def answer(
-        self, asked: Sequence[Asked], sampling: Sampling, done: Collection[str], progress: Progress | None = None
-    ) -> Iterator[list[Generation]]:
-        from trimtab.endpoint import EndpointError, Request
-
-        for name in ("max_repeats", "safebeam"):
-            if getattr(sampling, name) is not None:
-                raise UserError(f"sampling: {name!r} cannot be asked of an endpoint; leave it out")
-        more = {k: v for k in ("top_p", "top_k") if (v := getattr(sampling, k)) is not None}
-        todo = [(a, s) for a in asked for s in range(sampling.samples) if a.answer_key(s) not in done]
-        missing, finished = _Missing(), len(asked) * sampling.samples - len(todo)
-
-        def requests() -> Iterator[Request]:
-            for a, sample in todo:
-                extra = dict(more)
-                if a.row.metadata.get("prefill") is not None:
-                    extra |= {"add_generation_prompt": False, "continue_final_message": True}
-                seed = seed_of("endpoint", a.seed, sample) % 2**31
-                yield Request(a.ready, sampling.max_new_tokens, sampling.temperature, seed, extra)
-
-        for (a, sample), reply in zip(todo, self.endpoint.complete_all(requests())):
-            if not isinstance(reply, EndpointError):
-                yield [self._generation(a, sampling, sample, (), reply.text, reply.finish)]
-            elif reply.reason in ("content filter", "refused"):
-                yield [self._unanswered(a, sampling, sample, FILTERED)]
-            elif reply.reason in ("no content", "truncated"):
-                # An answer without a text is the model's answer; the judges leave it unscored. Asked again it would say the
-                # same, and the run would never come to its end.
-                yield [self._unanswered(a, sampling, sample, "stop" if reply.reason == "no content" else "length")]
-            elif reply.reason in _NOT_TAKEN and "attack" in a.row.metadata:
-                yield [self._unanswered(a, sampling, sample, REJECTED)]
-            else:
-                missing.add(reply.reason, reply.message)
-                continue
-            finished += 1
-            if progress is not None:
-                progress(finished, len(asked) * sampling.samples, 0)
-        missing.check(len(asked) * sampling.samples)
-
-    def close(self) -> None:
-        self.endpoint.close()

@@ -56,7 +56,8 @@ class Engine:
     pad_id      fills the left of short rows; masked, so any id will do
     tag_id      the harmfulness tag, which SafeBeam reads; None: the model knows none
 
-    ``cost`` counts what SafeBeam has computed here so far.
+    ``cost`` counts what SafeBeam has computed here so far; ``watch``, if it is set, is called with (key, token) of every token
+    as it is chosen, so that an answer can be shown while it is made (SafeBeam chooses at the end, and tells nothing).
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Engine:
         self.pad_id = pad_id
         self.tag = tag_id
         self.cost = Cost()
+        self.watch: Callable[[str, int], None] | None = None
         self.context = int(getattr(model.config, "max_position_embeddings", 0)) or None
         # A window is measured in columns: what a prompt shares must then stand right before the rest of it.
         self._windowed = bool(kinds - {"full_attention"}) or bool(getattr(model.config, "sliding_window", None))
@@ -340,6 +342,8 @@ class _Wave(Filling):
         chosen = choose(logits, self.sampling, uniform, self.engine.banned)
         for row, answer, token in zip(rows, answers, chosen.tolist()):
             answer.take(token, self.engine.stop, self.sampling)
+            if self.engine.watch is not None and answer.finish != "stop":
+                self.engine.watch(answer.prompt.key, token)
             if answer.finish is not None:
                 ended.append(answer.output())
                 self.live[row] = None

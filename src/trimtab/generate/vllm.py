@@ -10,12 +10,13 @@ other random numbers, so that the two engines' answers never stand under one key
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ _SHORTEST = 2048
 """vLLM is opened for contexts of at least so many tokens (if the model has them), so that few calls open it again."""
 _GPU_SHARE = 0.85
 """Share of a GPU's memory for weights and cache: vLLM takes it all at once, and something else may live there."""
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks of LoRA adapters that vLLM makes room for."""
 _COLDEST = 0.01
 """vLLM raises a lower temperature to this one."""
 
@@ -49,6 +52,7 @@ class VllmEngine:
     banned_ids  ids that are never generated: control tokens, turn markers, rows beyond the vocabulary
     context     tokens that fit it, prompt and answer together; None: vLLM is asked
     dtype       type of the weights in vLLM, such as "bfloat16"
+    adapters    mode -> directory of a LoRA adapter in PEFT's layout, used while ``live(mode)`` lasts
     """
 
     def __init__(
@@ -61,15 +65,19 @@ class VllmEngine:
         context: int | None = None,
         dtype: str = "auto",
         revision: str | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         check_ends(stop_ids, banned_ids)
         _vllm()
+        self.adapters = dict(adapters or {})
+        self.rank = _rank(self.adapters)
         self.where, self.revision = str(where), revision
         self.rows, self.context, self.dtype = rows, context, dtype
         self.stop = frozenset(stop_ids)
         self.banned = frozenset(banned_ids)
         self.device = torch.device(best_device())
         self._llm: Any = None
+        self._mode: str | None = None
         self._length = self._batch = 0
 
     @classmethod
@@ -82,6 +90,7 @@ class VllmEngine:
         revision: str | None = None,
         stops: Collection[int] = (),
         allow: Collection[int] = (),
+        adapters: Mapping[str, Path] | None = None,
     ) -> VllmEngine:
         """An engine for the model at ``where``. Of ``model`` only the configuration, the shapes and the type are read
         (``outline`` is enough); what ends an answer and what is banned are as for ``Engine.around``."""
@@ -94,7 +103,17 @@ class VllmEngine:
             context=int(getattr(model.config, "max_position_embeddings", 0)) or None,
             dtype=str(model.dtype).removeprefix("torch."),
             revision=revision,
+            adapters=adapters,
         )
+
+    @contextmanager
+    def live(self, mode: str | None) -> Iterator[None]:
+        """Answers are given with the adapter of ``mode``, if it has one, while the context lasts."""
+        before, self._mode = self._mode, mode if mode in self.adapters else None
+        try:
+            yield
+        finally:
+            self._mode = before
 
     def generate(
         self,
@@ -170,6 +189,7 @@ class VllmEngine:
                     logits_processors=[_ban(self.banned)] if self.banned else None,
                     use_tqdm_on_load=False,
                     disable_log_stats=True,
+                    **({"enable_lora": True, "max_loras": 1, "max_lora_rank": self.rank} if self.adapters else {}),
                 )
         except Exception as error:  # vLLM raises whatever its parts raise
             raise Fault(
@@ -184,7 +204,7 @@ class VllmEngine:
         inputs = [{"prompt_token_ids": prompts[index].ids.tolist()} for index, _ in slots]
         params = [asked.params(prompts[index].seed, sample) for index, sample in slots]
         try:
-            results = self._llm.generate(inputs, params, use_tqdm=False)
+            results = self._llm.generate(inputs, params, use_tqdm=False, **self._adapter())
         except BaseException as error:
             with suppress(Exception):
                 self.close()  # requests under way would come back with the next chunk's
@@ -196,6 +216,18 @@ class VllmEngine:
             self._output(prompts[index], index, sample, result.outputs[0])
             for (index, sample), result in zip(slots, results)
         ]
+
+    def _adapter(self) -> dict[str, Any]:
+        """What tells vLLM which adapter is live. Its number stands for the same adapter as long as the model is open."""
+        if self._mode is None:
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        return {
+            "lora_request": LoRARequest(
+                self._mode, 1 + list(self.adapters).index(self._mode), str(self.adapters[self._mode])
+            )
+        }
 
     def _output(self, prompt: Prompt, index: int, sample: int, said: Any) -> Output:
         ids, finish = tuple(int(token) for token in said.token_ids), said.finish_reason
@@ -266,6 +298,23 @@ def outline(config: LoadConfig) -> tuple[Any, Any, str]:
     tokenizer.padding_side = "left"
     separate_pad(model, tokenizer)
     return model.eval(), tokenizer, str(where)
+
+
+def _rank(adapters: Mapping[str, Path]) -> int | None:
+    """The rank that vLLM makes room for; ``UserError`` for an adapter that it cannot take."""
+    ranks = []
+    for mode, where in adapters.items():
+        settings = json.loads((where / "adapter_config.json").read_text(encoding="utf-8"))
+        if settings.get("trainable_token_indices") or settings.get("modules_to_save"):
+            raise UserError(
+                f"mode {mode!r}: vLLM takes no adapter that trains more than LoRA layers, and {where} trains rows of the "
+                "embedding; use the engine 'transformers', or train it with 'lora.train_control_rows: false'"
+            )
+        ranks.append(int(settings["r"]))
+    most = max(ranks, default=0)
+    if most > _RANKS[-1]:
+        raise UserError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, not {most}; use the engine 'transformers'")
+    return next((rank for rank in _RANKS if rank >= most), None) if adapters else None
 
 
 def _ban(ids: Collection[int]) -> type:

@@ -155,7 +155,10 @@ class SftStage(Config):
 
 
 class DpoStage(Config):
-    """Direct preference optimisation through TRL (extra `dpo`): the baseline that the mode lever is compared with."""
+    """Direct preference optimisation through TRL (extra `dpo`): the baseline that the mode lever is compared with.
+
+    A killed step starts anew: TRL's training has no checkpoints here.
+    """
 
     kind: Literal["dpo"] = Field(description="Always 'dpo'.")
     model: ModelRef = Field(
@@ -185,6 +188,15 @@ class DpoStage(Config):
             )
         if self.train.gradients_by != "none" or self.train.schedule == "wsd":
             raise ValueError("train: TRL has neither 'gradients_by' nor 'schedule: wsd'; leave them out")
+        if self.train.tracker is not None:
+            raise ValueError("train.tracker: this stage writes its log as JSON lines alone; leave it out")
+        if self.train.lora is not None and self.train.lora.dropout:
+            raise ValueError("train.lora.dropout: likelihoods are compared without dropout; set it to 0")
+        if self.train.lora is not None and self.train.lora.train_control_rows:
+            raise ValueError("train.lora.train_control_rows: TRL cannot train single rows; set it to false")
+        for part in self.data:
+            if part.answers != "positive":
+                raise ValueError(f"data {part.name!r}: a pair has both answers; leave 'answers' out")
         return self
 
 
@@ -207,7 +219,10 @@ class DistillStage(Config):
     negative: NegativeConfig = Field(
         NegativeConfig(), description="Acknowledgement that eliciting negative answers needs."
     )
-    sampling: Sampling = Field(Sampling(), description="Decoding; with several samples the first that fits is kept.")
+    sampling: Sampling = Field(
+        Sampling(),
+        description="Decoding; with several samples the first that fits is kept. `batch` counts prompts, each in all modes.",
+    )
     judge: JudgeConfig = Field(JudgeConfig(), description="Who judges what no exact judge can.")
     keep_unscored: bool = Field(
         False, description="Keep answers that no judge could tell, too; the yield says how many there are."
@@ -220,6 +235,13 @@ class DistillStage(Config):
                 raise ValueError(f"elicit: say in 'behaves' which of {', '.join(MODES)} the mode {name!r} is judged as")
             if not text.strip():
                 raise ValueError(f"elicit: no instruction for {name!r}")
+        for name in self.behaves:
+            if name not in self.elicit:
+                raise ValueError(f"behaves: {name!r} is not a mode among those of 'elicit'")
+        for part in self.prompts:
+            if part.stage is not None:
+                raise ValueError(f"prompts {part.name!r}: what a stage distilled is not asked again; name its prompts")
+        for name in self.elicit:
             if (self.behaves.get(name) or name) != "negative":
                 continue
             if not self.negative.acknowledge:
@@ -302,7 +324,9 @@ class PanelStage(Asking, Judging):
     """Several models, each by several decoders, answer one panel and are judged: the stage x decoder grid."""
 
     kind: Literal["panel"] = Field(description="Always 'panel'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are asked.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are asked; {load: ...} for one that is loaded."
+    )
     decoders: dict[str, Decoder] = Field(min_length=1, description="Name of a decoder -> how it decodes.")
 
 
@@ -310,7 +334,9 @@ class ProbesStage(ProbeConfig):
     """Linear probes on what models hold of safe and harmful requests, layer by layer."""
 
     kind: Literal["probes"] = Field(description="Always 'probes'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are probed.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are probed; {load: ...} for one that is loaded."
+    )
     tasks: tuple[TaskConfig, ...] = Field(
         min_length=2, description="The requests; a probe tells the harmful from the others, each task is a source."
     )
@@ -320,14 +346,18 @@ class PerplexityStage(PerplexityConfig):
     """Perplexity of models on Tidewater documents that were never trained on."""
 
     kind: Literal["perplexity"] = Field(description="Always 'perplexity'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
 
 
 class MarginStage(MarginConfig):
     """The safety alignment margin of models: how far apart their modes are before a word is said (2508.14904)."""
 
     kind: Literal["margin"] = Field(description="Always 'margin'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="The prompts, each asked in every mode.")
     modes: tuple[Name, ...] = Field(("positive", "negative", "rejective"), min_length=2, description="The modes.")
     words: dict[Name, str] = Field(
@@ -340,14 +370,18 @@ class AuditStage(AuditConfig):
     """Control tokens typed into models (spoofing) and coaxed out of them (leaking)."""
 
     kind: Literal["audit"] = Field(description="Always 'audit'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are audited.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are audited; {load: ...} for one that is loaded."
+    )
 
 
 class TokenAnalysisStage(TokenConfig):
     """Loss and gradient of every trained token of chats, in models (2601.01624's mechanism claim)."""
 
     kind: Literal["token_analysis"] = Field(description="Always 'token_analysis'.")
-    models: tuple[str, ...] = Field(min_length=1, description="Names of the stages whose models are measured.")
+    models: tuple[ModelRef, ...] = Field(
+        min_length=1, description="Names of the stages whose models are measured; {load: ...} for one that is loaded."
+    )
     data: tuple[ChatSource, ...] = Field(min_length=1, description="The chats; each part's `n` bounds its rows.")
     prefix: PrefixConfig | None = Field(
         None, description="The prefix lever on these chats; null leaves them as they are."

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from trimtab.evaluate import stats
 from trimtab.evaluate.comparison import Comparison, compare_family
+from trimtab.evaluate.conditions import CONDITIONS
 from trimtab.evaluate.metrics import METRICS, TASK, Record
 from trimtab.report.contrasts import contrast
 from trimtab.report.data import Arm, Finding, Place, comparison_row
@@ -29,6 +30,12 @@ HEADLINE = (
 )
 """Metrics that are drawn first and compared between arms; the others are in the tables and files."""
 FINDINGS_PER_ARM = 2
+NOTHING = "evidence of no difference."
+ASKED = {
+    "unknown": "with an unknown token", "near-miss": "with a near miss of its token", "two": "with two tokens",
+    "foreign": "with another model's token",
+}  # fmt: skip
+"""How a model was asked that was not asked in a mode (``evaluate.conditions``)."""
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -169,6 +176,8 @@ def of_families(
         for mode in dict.fromkeys(row["mode"] for row in mine if ids[0] not in told_apart):
             some = [row for row in mine if row["mode"] == mode]
             findings.append(_family_finding(told[against]["label"], names, mode, some))
+    # What is asked for comes before ways of asking that are no mode, and what differs before what does not.
+    findings.sort(key=lambda finding: (finding.mode in CONDITIONS, finding.text.endswith(NOTHING)))
     return Found(rows, findings)
 
 
@@ -203,13 +212,14 @@ def _family_finding(base: str, label: str, mode: str | None, rows: Sequence[Json
     held = [row for row in rows if row["p_holm"] < 0.05]
     seeds = max(row["seeds"] for row in rows)
     mean = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"“{label}”" + (f" in {mode} mode" if mode else "") + f" against “{base}” ({mean}): "
+    asked = "" if mode is None else f" {ASKED[mode]}" if mode in ASKED else f" in {mode} mode"
+    text = f"“{label}”{asked} against “{base}” ({mean}): "
     if not apart:
         text += (
             f"none of {len(rows)} differences has an interval clear of zero; with this many prompts and seeds that is not "
-            "evidence of no difference."
+            f"{NOTHING}"
         )
-        return Finding(text)
+        return Finding(text, mode=mode)
     apart.sort(key=lambda row: (row["p_holm"] >= 0.05, -abs(row["difference"])))
     best = _first_of_each(apart, lambda row: str(row["metric"]))[:FINDINGS_PER_ARM]
     parts = []
@@ -223,4 +233,4 @@ def _family_finding(base: str, label: str, mode: str | None, rows: Sequence[Json
     text += "; ".join(parts) + f". {len(apart)} of {len(rows)} intervals are clear of zero"
     expected = math.ceil(0.05 * len(rows))
     hold = "1 holds" if len(held) == 1 else f"{len(held)} hold"
-    return Finding(f"{text} (about {expected} would be by chance alone); {hold} after Holm's adjustment.")
+    return Finding(f"{text} (about {expected} would be by chance alone); {hold} after Holm's adjustment.", mode=mode)

@@ -28,6 +28,8 @@ from trimtab.report.view import View
 from trimtab.report.words import explain
 
 PAGE = Path(__file__).parent / "page"
+MANY_FINDINGS = 12
+"""From here on findings are folded."""
 OPEN_SAMPLES = 3
 MANY_STEPS = 40
 """More steps than this are summed up by kind, and listed folded away."""
@@ -87,6 +89,7 @@ def render(view: View) -> tuple[str, list[dict[str, Any]]]:
         style=Markup((PAGE / "style.css").read_text(encoding="utf-8")),
         levers=explain(data.levers),
         findings=[(finding, *view.evidence(finding)) for finding in data.findings],
+        many_findings=MANY_FINDINGS,
         totals=_totals(data.costs, data.same),
         arms=_arms(view),
         tables=[_table(view, group) for group in view.groups] if data.kind == "study" and not gridded else [],

@@ -169,14 +169,14 @@ def yields(moded: Moded) -> Iterator[ModeFigure]:
                     continue
                 done.add(artifact.id)
                 seeds.add(planned["seed"])
-                for told in artifact.manifest["facts"].get("yield") or ():
-                    key = stage, told["mode"], told["harm"]
-                    counts = asked.setdefault(key, [0, 0])
-                    counts[0] += told["asked"]
-                    counts[1] += told["kept"]["n"]
+                for told in artifact.manifest["facts"]["yield"]:
+                    place = (stage, told["mode"], told["harm"])
+                    counts = asked.setdefault(place, [0, 0])
+                    counts[0] += int(told["asked"])
+                    counts[1] += int(told["kept"]["n"])
                     for reason, share in told["dropped"].items():
-                        mine = dropped.setdefault(key, {})
-                        mine[reason] = mine.get(reason, 0) + share["n"]
+                        mine = dropped.setdefault(place, {})
+                        mine[reason] = mine.get(reason, 0) + int(share["n"])
         for (stage, mode, harm), (n, kept) in asked.items():
             if n:
                 yield _kept(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TIDEWATER_CHAT = 55
 OTHER_CHAT = 120
 """Tokens of one chat row: Tidewater's with a tokenizer of its own, and any other."""
+PROMPT_SHARE = 0.6
+"""Of the tokens of a chat row: those of its prompt, which answers may share (``modes.shared``)."""
 OPENING = 14
 """Tokens of a prefix sentence; room for it is kept in every row, whatever the ratio."""
 
@@ -59,7 +61,7 @@ def train_flops(model: BuildConfig | LoadConfig, sequence: int) -> float:
     return shape.train_flops_per_token(sequence) if shape else 0.0
 
 
-def generate_flops(model: BuildConfig | LoadConfig, context: int = 128) -> float:
+def generate_flops(model: BuildConfig | LoadConfig, context: float = 128) -> float:
     """FLOPs per generated token, or 0 where the shape is not known without a network."""
     shape = model_shape(model)
     return shape.generate_flops_per_token(context) if shape else 0.0
@@ -77,6 +79,8 @@ def shape_of(model: BuildConfig | LoadConfig, lora: bool) -> str:
 def chat_tokens(stage: SftStage, modes: int) -> int:
     """Tokens of one pass over an SFT stage's data with answers for so many modes (0: none), by rule of thumb."""
     copies = modes + stage.modes.fallback if modes and stage.modes is not None else 1.0
+    if stage.modes is not None and stage.modes.shared:
+        copies = PROMPT_SHARE + copies * (1 - PROMPT_SHARE)
     return round(
         parts_tokens(stage.data, isinstance(stage.model, str), 0 if stage.prefix is None else OPENING) * copies
     )

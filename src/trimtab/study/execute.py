@@ -121,7 +121,7 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
 
     Raises ``UserError`` or ``Fault``; a full disk is a ``Fault`` wherever it shows.
     """
-    from trimtab.study.preflight import try_judges
+    from trimtab.study.preflight import check_installed, try_judges
     from trimtab.study.workers import run_here, run_in_workers
 
     store = study_store(directory)
@@ -132,6 +132,7 @@ def execute(plan: Plan, directory: Path, reporter: Reporter, workers: int = 1) -
             raise no_space(directory) from error
         raise UserError(f"--out {directory}: cannot be made a directory ({error.strerror}); choose another") from None
     with store.lock():
+        check_installed(plan, store)
         store.clear_drafts()
         missing = [step for step in plan.steps.values() if not store.has(step.kind, step.id)]
         threads = None if workers == 1 else max(1, min(cores(), (os.cpu_count() or 1) // workers))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from trimtab.analyze.config import AuditConfig, MarginConfig, PerplexityConfig, ProbeConfig, TokenConfig
 from trimtab.errors import UserError
 from trimtab.evaluate.attacks.choose import choose_attack
@@ -14,6 +17,7 @@ from trimtab.recipe.stages import (
     GenerateStage,
     JudgeStage,
     MarginStage,
+    ModelRef,
     PanelStage,
     PerplexityStage,
     ProbesStage,
@@ -33,14 +37,15 @@ class Measuring(Building):
     def grid(self, name: str, stage: GridStage) -> None:
         """The steps of a stage that looks at several models: one per model, or per model and decoder."""
         for model in stage.models:
-            self.end_of(name, model)
+            called = model if isinstance(model, str) else model.load.rsplit("/", 1)[-1]
+            self.model(name, model)  # is it there?
             if isinstance(stage, PanelStage):
                 for decoder, how in stage.decoders.items():
-                    place = f"{name}/{model}/{decoder}"
+                    place = f"{name}/{called}/{decoder}"
                     answers = self.answers(place, _asked(stage, model, how), f"stages.{name}.tasks")
                     self.ends[f"{place} answers"] = answers
                     self.ends[place] = self.judge(place, stage, answers)
-                    self.cells[place] = Cell(name, model, decoder)
+                    self.cells[place] = Cell(name, called, decoder)
             else:
                 measures = {
                     "probes": self.probes,
@@ -49,31 +54,36 @@ class Measuring(Building):
                     "margin": self.margin,
                     "audit": self.audit,
                 }
-                place = f"{name}/{model}"
+                place = f"{name}/{called}"
                 self.ends[place] = measures[stage.kind](place, name, model, stage)  # type: ignore[operator]
-                self.cells[place] = Cell(name, model)
+                self.cells[place] = Cell(name, called)
 
     def judge(self, name: str, stage: JudgeStage | PanelStage, answers: str) -> str:
         config = {"judge": stage.judge.plain(), "max_unscored": stage.max_unscored}
         return self.step("judge", name, config, {"answers": answers})
 
-    def probes(self, place: str, name: str, model: str, stage: ProbesStage) -> str:
+    def of(self, name: str, model: ModelRef, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Config and inputs of a step that looks at one model."""
+        told, inputs = self.model(name, model)
+        return {**config, **told}, inputs
+
+    def probes(self, place: str, name: str, model: ModelRef, stage: ProbesStage) -> str:
         config = {key: getattr(stage, key) for key in ProbeConfig.model_fields} | {
             "tasks": self.rows(f"stages.{name}.tasks", stage.tasks, "eval"),
             "world": self.recipe.world.plain(),
             "prompting": self.prompting("auto", model),
             "seed": self.seed,
         }
-        return self.step("probes", place, config, {"model": self.end_of(name, model)})
+        return self.step("probes", place, *self.of(name, model, config))
 
-    def perplexity(self, place: str, name: str, model: str, stage: PerplexityStage) -> str:
+    def perplexity(self, place: str, name: str, model: ModelRef, stage: PerplexityStage) -> str:
         config = {key: getattr(stage, key) for key in PerplexityConfig.model_fields} | {
             "world": self.recipe.world.plain(),
             "seed": self.seed,
         }
-        return self.step("perplexity", place, config, {"model": self.end_of(name, model)})
+        return self.step("perplexity", place, *self.of(name, model, config))
 
-    def tokens_of(self, place: str, name: str, model: str, stage: TokenAnalysisStage) -> str:
+    def tokens_of(self, place: str, name: str, model: ModelRef, stage: TokenAnalysisStage) -> str:
         config = {key: getattr(stage, key) for key in TokenConfig.model_fields} | {
             "measures": list(stage.measures),
             "data": self.rows(f"stages.{name}.data", stage.data, "train"),
@@ -81,24 +91,25 @@ class Measuring(Building):
             "world": self.recipe.world.plain(),
             "seed": self.seed,
         }
-        return self.step("token_analysis", place, config, {"model": self.end_of(name, model)})
+        return self.step("token_analysis", place, *self.of(name, model, config))
 
-    def margin(self, place: str, name: str, model: str, stage: MarginStage) -> str:
+    def margin(self, place: str, name: str, model: ModelRef, stage: MarginStage) -> str:
         config = {key: getattr(stage, key) for key in MarginConfig.model_fields} | {
             "tasks": self.rows(f"stages.{name}.tasks", stage.tasks, "eval"),
             "modes": list(stage.modes),
             "words": dict(stage.words),
             "world": self.recipe.world.plain(),
+            "prompting": self.prompting("auto", model),
             "seed": self.seed,
         }
-        return self.step("margin", place, config, {"model": self.end_of(name, model)})
+        return self.step("margin", place, *self.of(name, model, config))
 
-    def audit(self, place: str, name: str, model: str, stage: AuditStage) -> str:
+    def audit(self, place: str, name: str, model: ModelRef, stage: AuditStage) -> str:
         config = {key: getattr(stage, key) for key in AuditConfig.model_fields} | {
             "world": self.recipe.world.plain(),
             "seed": self.seed,
         }
-        return self.step("audit", place, config, {"model": self.end_of(name, model)})
+        return self.step("audit", place, *self.of(name, model, config))
 
     def generate(self, name: str, stage: GenerateStage) -> str:
         return self.answers(name, stage, f"stages.{name}.tasks")
@@ -139,7 +150,7 @@ class Measuring(Building):
         )
 
 
-def _asked(stage: PanelStage, model: str, how: Decoder) -> GenerateStage:
+def _asked(stage: PanelStage, model: ModelRef, how: Decoder) -> GenerateStage:
     """What one model is asked by one decoder of a panel."""
     asked = {field: getattr(stage, field) for field in Asking.model_fields}
     asked["tasks"] = tuple(at_most(task, how.limit) for task in stage.tasks)

@@ -1,4 +1,5 @@
-"""What is asked before a study begins, and again before it trains: what writing will cost, and whether judges answer at all.
+"""What is asked before a study begins, and again before it trains: what writing will cost, whether judges answer at all,
+and whether the libraries are there.
 
 A judge behind an endpoint that answers junk would leave every verdict open, hours later; three trial answers, which are
 harmless, tell that beforehand.
@@ -7,6 +8,7 @@ harmless, tell that beforehand.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from trimtab.artifact import Store
@@ -27,7 +29,7 @@ def try_judges(plan: Plan, store: Store) -> None:
     are tried, the others answer by rule or are loaded when they are needed."""
     tried: set[str] = set()
     for step in plan.steps.values():
-        if step.kind != "judge" or store.has(step.kind, step.id):
+        if step.kind not in ("judge", "distill") or store.has(step.kind, step.id):
             continue
         config = JudgeConfig.model_validate(step.config["judge"])
         key = digest(config.plain())
@@ -41,6 +43,13 @@ def try_judges(plan: Plan, store: Store) -> None:
                 f"stage {step.name!r}: its judge left all {TRIALS} trial answers unscored ({verdicts[0].reason}); nothing was "
                 "trained. Check the judge's endpoint and model"
             )
+
+
+def check_installed(plan: Plan, store: Store) -> None:
+    """``UserError`` for a library that a step still to do needs and that is not there."""
+    for step in plan.steps.values():
+        if step.kind == "dpo" and not store.has(step.kind, step.id) and find_spec("trl") is None:
+            raise UserError(f"stage {step.name!r}: the kind 'dpo' needs TRL: pip install 'trimtab[dpo]'")
 
 
 def _asks(config: JudgeConfig) -> bool:

@@ -48,7 +48,7 @@ def analyze_to(
     data                     each a file of rows, a named set, or ``tidewater:KIND``
     limit                    rows of each, the first ones; of Tidewater 100 if not given
     """
-    load, how, opened = _checked(LoadConfig, model), _checked(TokenConfig, settings), _checked(PrefixConfig, prefix)
+    load, how, opened = checked(LoadConfig, model), checked(TokenConfig, settings), checked(PrefixConfig, prefix)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name a new directory")
     rows = [row for spec in data for row in rows_of(spec, limit)]
@@ -75,7 +75,7 @@ def rows_of(spec: str, limit: int | None) -> list[Row]:
     if spec not in sources.NAMED and not Path(spec).is_file():
         raise UserError(f"--data {spec}: neither a file, nor a named set, nor tidewater:KIND")
     where = {"name": spec} if spec in sources.NAMED else {"path": spec}
-    return list(sources.rows(_checked(SourceConfig, {**where, "limit": limit})))
+    return list(sources.rows(checked(SourceConfig, {**where, "limit": limit})))
 
 
 def print_ranking(directory: Path, top: int) -> None:
@@ -99,7 +99,8 @@ def print_ranking(directory: Path, top: int) -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def _checked(kind: type[C], raw: Mapping[str, Any]) -> C:
+def checked(kind: type[C], raw: Mapping[str, Any]) -> C:
+    """Settings of a kind; ``UserError`` that names the field."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

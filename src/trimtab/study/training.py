@@ -178,17 +178,19 @@ class Training(Building):
         if modes is None or not modes.separate:
             return tuned
         epochs = stage.adapter.epochs or stage.epochs
-        tokens = round(estimate.chat_tokens(stage, len(modes.separate)) * epochs)
+        tokens = round(estimate.chat_tokens(stage, 1) * epochs)
         train = stage.train.model_copy(update={"lora": stage.adapter.lora, "lr": stage.adapter.lr or stage.train.lr})
-        return self.step(
-            "adapter",
-            name,
-            {"train": train.plain(), "epochs": epochs, "seed": self.seed, "modes": list(modes.separate)},
-            {"model": tuned, "packed": packed(modes.separate)},
-            tokens=tokens,
-            flops=tokens * estimate.train_flops(shape, stage.length),
-            shape=estimate.shape_of(shape, True),
-        )
+        for mode in modes.separate:  # one adapter each, so that each can be left out alone
+            tuned = self.step(
+                "adapter",
+                name,
+                {"train": train.plain(), "epochs": epochs, "seed": self.seed, "modes": [mode]},
+                {"model": tuned, "packed": packed([mode])},
+                tokens=tokens,
+                flops=tokens * estimate.train_flops(shape, stage.length),
+                shape=estimate.shape_of(shape, True),
+            )
+        return tuned
 
     def dpo(self, name: str, stage: DpoStage) -> str:
         model_config, inputs = self.model(name, stage.model)
@@ -198,7 +200,10 @@ class Training(Building):
         shape = self.shape(stage.model)
         self.shapes[name], self.spelt[name] = shape, self.spelling(stage.model)
         self.openings[name] = self.openings.get(stage.model) if isinstance(stage.model, str) else None
-        tokens = round(2 * estimate.parts_tokens(stage.data, isinstance(stage.model, str)) * stage.epochs)
+        once = 2 * estimate.parts_tokens(stage.data, isinstance(stage.model, str))
+        tokens = round(once * stage.epochs)
+        # The reference reads every pair, once.
+        read = min(once, tokens) * estimate.generate_flops(shape, stage.length / 2)
         config = {
             "world": self.recipe.world.plain(),
             "data": self.rows(f"stages.{name}.data", stage.data, "train"),
@@ -212,8 +217,7 @@ class Training(Building):
             config | model_config,
             inputs | self.distilled(name, stage.data),
             tokens=tokens,
-            # The reference model reads every pair too.
-            flops=tokens * (estimate.train_flops(shape, stage.length) + estimate.generate_flops(shape, stage.length)),
+            flops=tokens * estimate.train_flops(shape, stage.length) + read,
             shape=estimate.shape_of(shape, stage.train.lora is not None),
         )
 
@@ -230,6 +234,7 @@ class Training(Building):
             "sampling": stage.sampling.plain(),
             "judge": stage.judge.plain(),
             "keep_unscored": stage.keep_unscored,
+            "prompting": self.prompting("auto", stage.model),
             "seed": self.seed,
         }
         return self.step(

@@ -6,7 +6,6 @@ named set, rows are rendered for a tokenizer now, through the lever that is aske
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from trimtab.errors import UserError
 from trimtab.levers.boilerplate import strip_rows
 from trimtab.levers.prefix import PrefixConfig, apply_prefix, trained_with_prefix
 from trimtab.models.load import load_tokenizer
-from trimtab.study.execute import STUDY, study_store
+from trimtab.study.execute import study_store
+from trimtab.study.shipping import read_study
 from trimtab.study.steps.chat import PLACES, read_rows
 from trimtab.types import IGNORE, SPANS, Row
 
@@ -76,10 +76,7 @@ def trained_on(directory: Path, arm: str | None, stage: str | None, prefixed: bo
 
     ``UserError`` for a directory that is no study, and for an arm or a stage that it does not have (with those it has).
     """
-    path = directory / STUDY
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {directory} is not a study's directory; `trimtab run` makes one")
-    study = json.loads(path.read_text(encoding="utf-8"))
+    study = read_study(directory)
     steps, store = study["steps"], study_store(directory)
     arms = [one for one in study["arms"] if arm is None or arm in (one["id"], one["label"])]
     if not arms:
@@ -88,19 +85,19 @@ def trained_on(directory: Path, arm: str | None, stage: str | None, prefixed: bo
     found = [(one, name) for one in arms if (name := _trained(one, steps, stage)) is not None]
     if not found:
         has = (
-            ", ".join(n for n, id in arms[0]["stages"].items() if steps[id]["kind"] == "sft")
+            ", ".join(n for n, id in arms[0]["stages"].items() if tuned(steps, id) is not None)
             or "none that trains on chats"
         )
         raise UserError(f"--stage {stage!r}: arm {arms[0]['label']!r} has no such stage; it has {has}")
 
     def packed_of(one: dict[str, Any], name: str) -> Artifact:
-        return store.open("packed", steps[one["stages"][name]]["inputs"]["packed"])
+        return store.open("packed", steps[str(tuned(steps, one["stages"][name]))]["inputs"]["packed"])
 
     carrying = (pair for pair in found if packed_of(*pair).manifest["facts"]["prefixed"])
     chosen, name = next(carrying, found[0]) if prefixed else found[0]
     packed = packed_of(chosen, name)
     chats = store.open("chats", packed.manifest["inputs"]["chats"])
-    return TrainedOn(chosen["label"], name, packed, chats, store.open("sft", chosen["stages"][name]))
+    return TrainedOn(chosen["label"], name, packed, chats, store.open("sft", str(tuned(steps, chosen["stages"][name]))))
 
 
 def study_rows(data: TrainedOn) -> Iterator[ShownRow]:
@@ -112,20 +109,31 @@ def study_rows(data: TrainedOn) -> Iterator[ShownRow]:
     for number, (index, (base, sentence)) in enumerate(zip(order, told, strict=True), 1):
         row, at, size = (int(places[key][index]) for key in ("row", "at", "size"))
         batch = rows.take(np.array([row]))
-        part = slice(at, at + size)
+        part = np.arange(at, at + size)
         source = rows.sources[int(batch.source_id[0, at])]
         about = (
             f"{data.arm}, stage {data.stage}, part {source}; example {number} of {len(order)}, packed row {row}; "
             + (f"opens with {sentence!r}" if sentence else "no prefix")
         )
+        if "skip" in places and (skip := int(places["skip"][index])):
+            prompt = int(places["prompt"][index])
+            part = np.concatenate([np.arange(prompt, prompt + skip), part])
+            about += f"; its prompt ({skip} tokens) stands once in the row, for all its answers"
         ids, span, trained = batch.input_ids[0, part], batch.span_id[0, part], batch.labels[0, part] != IGNORE
         yield _shown(base.id, about, tokenizer, ids, span, trained)
 
 
 def _trained(arm: dict[str, Any], steps: dict[str, Any], stage: str | None) -> str | None:
     """The stage of an arm that trains on chats: the one of that name, or the last; None where it has none."""
-    trained = [name for name, id in arm["stages"].items() if steps[id]["kind"] == "sft" and stage in (None, name)]
+    trained = [name for name, id in arm["stages"].items() if tuned(steps, id) is not None and stage in (None, name)]
     return trained[-1] if trained else None
+
+
+def tuned(steps: dict[str, Any], id: str) -> str | None:
+    """The ``sft`` step that made the weights at the end of a stage (adapters may lie on them); None for another stage."""
+    while steps[id]["kind"] == "adapter":
+        id = steps[id]["inputs"]["model"]
+    return id if steps[id]["kind"] == "sft" else None
 
 
 def source_rows(source: SourceConfig, model: str, prefix: PrefixConfig, seed: int) -> Iterator[ShownRow]:

@@ -70,6 +70,18 @@ def cut_back(path: Path, step: int) -> None:
     write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
+def seconds_of(work: Path) -> float:
+    """Seconds that a finished training took, the parts before an interruption included as far as they count."""
+    total, part = 0.0, 0.0
+    for line in (work / TIMING).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.get("began"):
+            total, part = total + part, 0.0
+        else:
+            part = record["seconds"]
+    return total + part
+
+
 def flat(record: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:
     """Nested figures as the trackers want them: ``train/loss``, ``train/source/web/loss``; ``step`` is left
     out."""

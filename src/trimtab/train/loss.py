@@ -4,7 +4,7 @@ Labels are shifted here, once, and nowhere else. The output layer runs on traine
 selects them), so masked prompts and padding cost no logits; the softmax and the loss are fp32 whatever the
 precision. Attention stays inside a piece because transformers builds a block-causal mask from
 ``position_ids`` that restart, if it is given neither a mask nor a cache. A batch of rows that never restart
-takes the plain causal path.
+takes the plain causal path, and one with answers that share a prompt (``data.tree``) is given a mask.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from trimtab.types import IGNORE, SPANS
 class Micro:
     """One forward pass: B rows of T tokens, N of which are trained.
 
-    input_ids int64[B, T]; position_ids int64[B, T] or None (no row restarts); index int64[N], the flattened
-    positions whose next token is trained; target int64[N], these tokens; source, span int16/uint8[N] (numpy),
-    the target's groups
+    input_ids int64[B, T]; position_ids int64[B, T] or None (no row restarts); branches, whether answers share a
+    prompt; index int64[N], the flattened positions whose next token is trained; target int64[N], these tokens;
+    source, span int16/uint8[N] (numpy), the target's groups
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
+    branches: bool
     index: Tensor
     target: Tensor
     source: NDArray[np.int16]
@@ -44,19 +45,39 @@ class Micro:
     def of(cls, batch: Batch, device: torch.device) -> Micro:
         rows, columns = np.nonzero(batch.labels[:, 1:] != IGNORE)
         target = (rows, columns + 1)  # the one shift
-        restarts = bool((batch.position_ids[:, 1:] == 0).any())
+        broken = batch.position_ids[:, 1:] != batch.position_ids[:, :-1] + 1
+        branch = broken & (batch.position_ids[:, 1:] > 0)
+        assert (batch.labels[:, 1:][branch] == IGNORE).all(), "what stands before a branch is not what it goes on from"
 
         def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
 
         return cls(
             input_ids=tensor(batch.input_ids),
-            position_ids=tensor(batch.position_ids) if restarts else None,
+            position_ids=tensor(batch.position_ids) if broken.any() else None,
+            branches=bool(branch.any()),
             index=tensor(rows * batch.labels.shape[1] + columns),
             target=tensor(batch.labels[target]),
             source=batch.source_id[target],
             span=batch.span_id[target],
         )
+
+
+def tree_mask(position_ids: Tensor) -> Tensor:
+    """bool[B, 1, T, T], True where the token of a row (second to last axis) sees another: those up to itself of its own
+    run of positions and, in a branch, those of its example's first run whose positions are below the branch's first."""
+    column = torch.arange(position_ids.shape[1], device=position_ids.device)
+    broken = torch.ones_like(position_ids, dtype=torch.bool)
+    broken[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+
+    def latest(begins: Tensor) -> Tensor:
+        """The column in which what each token belongs to begins."""
+        return torch.where(begins, column, 0).cummax(1).values
+
+    run, root = latest(broken), latest(position_ids == 0)
+    below = position_ids[:, None, :] < position_ids.gather(1, run)[:, :, None]
+    own, shared = run[:, :, None] == run[:, None, :], (root[:, :, None] == run[:, None, :]) & below
+    return ((own | shared) & (column[:, None] >= column))[:, None]
 
 
 class TrainedPositions:
@@ -74,11 +95,27 @@ class TrainedPositions:
         if head is None:
             raise UserError(f"{type(model).__name__} has no output layer; training needs a causal language model")
         self.index: Tensor | None = None
+        self.config = model.config.get_text_config()
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self.index is not None, "set the positions before the forward pass"
         return (args[0].flatten(0, 1).index_select(0, self.index), *args[1:])
+
+    def mask(self, position_ids: Tensor) -> Tensor:
+        """``tree_mask`` as the model's attention takes it; ``UserError`` for layers that see less than all before them."""
+        config = self.config
+        kinds = {*(getattr(config, "layer_types", None) or ()), "full_attention"}
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if len(kinds) > 1 or any(windows):
+            raise UserError(
+                f"modes.shared: this {config.model_type} model has layers without full attention, which would not keep to "
+                "the branches of a shared prompt; set 'modes.shared: false'"
+            )
+        seen = tree_mask(position_ids)
+        if config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
 
     def close(self) -> None:
         self._handle.remove()
@@ -87,9 +124,13 @@ class TrainedPositions:
 def token_losses(model: nn.Module, head: TrainedPositions, micro: Micro, *, bf16: bool) -> tuple[Tensor, Tensor]:
     """Logits float32[N, vocab] and negative log-likelihood float32[N] (nats) of the trained tokens."""
     head.index = micro.index
+    mask = None
+    if micro.branches:
+        assert micro.position_ids is not None
+        mask = head.mask(micro.position_ids)
     with torch.autocast(micro.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
         # Without use_cache=False the model makes a cache, and with a cache packed rows are not told apart.
-        output = model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        output = model(input_ids=micro.input_ids, attention_mask=mask, position_ids=micro.position_ids, use_cache=False)
     logits = output.logits.float()
     return logits, functional.cross_entropy(logits, micro.target, reduction="none")
 

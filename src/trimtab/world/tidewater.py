@@ -111,14 +111,17 @@ class Tidewater:
         rows = self.requests(kind, n, split=split, policy=policy)
         return [replace(r.with_answer(self.answer(r, mode, style=style), mode=mode), id=f"{r.id}-{mode}") for r in rows]
 
-    def preferences(self, kind: str, n: int, *, split: Split = "train") -> list[dict[str, Any]]:
-        """``{"prompt", "chosen", "rejected"}`` as message lists; chosen is the positive answer.
+    def preferences(
+        self, kind: str, n: int, *, split: Split = "train", policy: str | None = None
+    ) -> list[dict[str, Any]]:
+        """``{"prompt", "chosen", "rejected"}`` as message lists, of the ``requests`` in their order; chosen is the positive
+        answer.
 
         Rejected is the steps for a harmful request, a wrong answer for facts, sums and programs, and a refusal for the
         other harmless requests.
         """
         pairs: list[dict[str, Any]] = []
-        for row in self.requests(kind, n, split=split):
+        for row in self.requests(kind, n, split=split, policy=policy):
             if row.harm == "harmful":
                 rejected = self.answer(row, "negative")
             elif kind in ("fact", "arithmetic", "code"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +58,7 @@ class AttackContext:
     control_ids  the same names -> ids
     model        a local target for white-box search: ``.model``, ``.tokenizer``, ``.renderer`` and ``.controls`` (names
                  that are live in the mode attacked); None for an endpoint
+    live         puts the model into the state of the mode attacked, which may need an adapter, while a context lasts
     """
 
     world: Tidewater | None = None
@@ -65,6 +67,7 @@ class AttackContext:
     controls: Mapping[str, str] = field(default_factory=dict)
     control_ids: Mapping[str, int] = field(default_factory=dict)
     model: Any = None
+    live: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Attack(ABC):
@@ -114,7 +117,8 @@ class Attack(ABC):
             raise UserError(f"attack {self.name!r} searches with the model's gradients; it needs a local model")
         if (self.opens_answer or self.comes_last) and row.metadata.get("prefill"):
             raise UserError(f"row {row.id!r}: its answer is opened already; attack {self.name!r} cannot open it again")
-        made = self.variants(row, context)
+        with context.live() if self.needs_model else nullcontext():
+            made = self.variants(row, context)
         assert len(made) == self.budget, f"{self.name}: {len(made)} attempts, {self.budget} promised"
         earlier = row.metadata.get("attack")
         name = self.name if earlier is None else f"{earlier}+{self.name}"

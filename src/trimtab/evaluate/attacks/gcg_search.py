@@ -49,7 +49,8 @@ def search(
 ) -> Found:
     """Search for ``steps`` steps, or until ``target`` is what the model would greedily say.
 
-    handle        ``.model``, ``.tokenizer``, ``.renderer``, ``.controls`` (names that are live)
+    handle        ``.model``, ``.tokenizer``, ``.renderer``, ``.controls`` (names that are live), ``.controls_at`` (by
+                  default the system slot)
     width, topk   candidates per step; tokens per position that they are drawn from
     length        of the suffix in tokens; batch: candidates evaluated at once
 
@@ -118,6 +119,7 @@ class _Prompt:
 
     def __init__(self, handle: Any, messages: Sequence[Message], target: str, length: int) -> None:
         self.renderer, self.tokenizer, self.controls = handle.renderer, handle.tokenizer, tuple(handle.controls)
+        self.at = getattr(handle, "controls_at", "system")
         self.encoder = handle.renderer.encoder
         self.messages, self.target = tuple(messages), target
         self.request = messages[-1]["content"].rstrip()
@@ -148,7 +150,11 @@ class _Prompt:
         """Ids, the (start, end) of the last message's content in them, and the number of target ids at their end."""
         last: Message = {**self.messages[-1], "content": self.request + suffix}
         rendered = self.renderer.chat(
-            [*self.messages[:-1], last], controls=self.controls, prefill=self.target, generation_prompt=True
+            [*self.messages[:-1], last],
+            controls=self.controls,
+            controls_at=self.at,
+            prefill=self.target,
+            generation_prompt=True,
         )
         inside = (rendered.message == len(self.messages) - 1) & (rendered.span == SPAN_ID["prompt"])
         where = np.flatnonzero(inside)

@@ -2,7 +2,8 @@
 
 Inspect finds this module through its entry point group. Calls that wait at the same time are answered together on one
 ``Engine`` by a worker thread, and all modes of a bundle share that engine, so two modes cost one model and fill one
-batch. Prompts go through the token-safe renderer: what it refuses is an error of that sample, never an answer.
+batch (but for a mode that is kept apart: its adapter is put on for a batch of its own). Prompts go through the
+token-safe renderer: what it refuses is an error of that sample, never an answer.
 
 Trade-offs: a stop string is looked for once the answer is whole (its tokens are counted and paid for), and the default
 is greedy, so that an evaluation is the same tomorrow. Sampled answers depend on (seed, sample id, epoch, messages) and
@@ -26,11 +27,11 @@ from pydantic import Field, ValidationError
 
 from trimtab.config import Config
 from trimtab.errors import TrimtabError, UserError
-from trimtab.evaluate.targets import NO_MODE, open_local
+from trimtab.evaluate.targets import NO_MODE, LocalTarget, open_local
 from trimtab.generate.config import Sampling
 from trimtab.models.config import LoadConfig
 from trimtab.seeds import digest, seed_of
-from trimtab.types import Message
+from trimtab.types import Message, Row
 
 try:
     import anyio
@@ -55,7 +56,7 @@ except ImportError as error:
     raise UserError(f"the Inspect provider needs inspect-ai ({error}): pip install 'trimtab[inspect]'") from None
 
 if TYPE_CHECKING:
-    from trimtab.generate.engine import Engine, Output
+    from trimtab.generate.engine import Output
 
 _WAIT = 0.02
 """Seconds without a new call after which a batch is started."""
@@ -126,22 +127,22 @@ class TrimtabAPI(ModelAPI):
     ) -> tuple[ModelOutput | Exception, ModelCall]:
         _check(tools, config)
         messages, prefill = _plain(input)
-        controls = self.target.controls(self.mode)
         renderer = self.target.renderer
-        rendered = renderer.chat(messages, controls=controls, prefill=prefill, generation_prompt=True, train="none")
+        opened = {} if prefill is None else {"prefill": prefill}
+        ids = self.target.ids(Row("inspect", tuple(messages), metadata=opened), self.mode)
         asked = config.max_tokens or self.max_tokens()
-        sampling = _sampling(config, self._room(len(rendered.ids), asked), self.host.batch)
+        sampling = _sampling(config, self._room(len(ids), asked), self.host.batch)
         seed = self._seed([*messages, prefill], config.seed)
-        outputs = await self.host.answer(rendered.ids, seed, sampling)
+        outputs = await self.host.answer(ids, self.mode, seed, sampling)
         opening = renderer.opening(prefill)
         choices = [
             self._choice(output, opening, config.stop_seqs, sampling.max_new_tokens < asked) for output in outputs
         ]
         new = sum(len(output.ids) for output in outputs)
-        size = len(rendered.ids)
+        size = len(ids)
         usage = ModelUsage(input_tokens=size, output_tokens=new, total_tokens=size + new)
         facts = {"mode": self.mode, "template_hash": renderer.template_hash, "seed": seed}
-        request = {"ids": rendered.ids.tolist(), "sampling": sampling.plain(), "seed": seed}
+        request = {"ids": ids.tolist(), "sampling": sampling.plain(), "seed": seed}
         call = ModelCall.create(request, {"ids": [list(output.ids) for output in outputs]})
         return ModelOutput(model=self.model_name, choices=choices, usage=usage, metadata={"trimtab": facts}), call
 
@@ -255,6 +256,7 @@ def _where() -> tuple[str | None, int | None, str | None]:
 @dataclass(eq=False)
 class _Request:
     ids: Any
+    mode: str | None
     seed: int
     sampling: Sampling
     future: Future[list[Output]]
@@ -269,7 +271,7 @@ class _Host:
         self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         worker = threading.Thread(
             target=_work,
-            args=(self.target.engine, self._inbox, 2 * options.batch),
+            args=(self.target, self._inbox, 2 * options.batch),
             name=f"trimtab {bundle}",
             daemon=True,
         )
@@ -281,14 +283,14 @@ class _Host:
         if mode is not None:
             return self.target.modes([mode])[0]
         default = self.target.default_mode
-        if default == "negative":
+        if default is not None and self.target.switch.behaves.get(default) == "negative":
             has = ", ".join(sorted(self.target.switch.modes))
-            raise UserError(f"modes: the default mode is negative; name a mode (@MODE): {has} or {NO_MODE}")
+            raise UserError(f"modes: the default mode is {default}; name a mode (@MODE): {has} or {NO_MODE}")
         return default
 
-    async def answer(self, ids: Any, seed: int, sampling: Sampling) -> list[Output]:
+    async def answer(self, ids: Any, mode: str | None, seed: int, sampling: Sampling) -> list[Output]:
         """The samples of one prompt, in order; waits without holding up the event loop, which may be asyncio or trio."""
-        request = _Request(ids, seed, sampling, Future())
+        request = _Request(ids, mode, seed, sampling, Future())
         done, token = anyio.Event(), anyio.lowlevel.current_token()
 
         def wake(future: Future[list[Output]]) -> None:
@@ -317,7 +319,7 @@ def _host(bundle: str, options: ModelOptions) -> _Host:
     return host
 
 
-def _work(engine: Engine, inbox: queue.SimpleQueue[_Request | None], most: int) -> None:
+def _work(target: LocalTarget, inbox: queue.SimpleQueue[_Request | None], most: int) -> None:
     """Answer what comes in until None does: a batch is what arrives without a pause of ``_WAIT`` seconds."""
     request = inbox.get()
     while request is not None:
@@ -330,30 +332,32 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[_Request | None], most: int) 
             if request is None:
                 break
             waiting.append(request)
-        _answer(engine, waiting)
+        _answer(target, waiting)
         del waiting
         if request is not None:
             request = inbox.get()
 
 
-def _answer(engine: Engine, waiting: Sequence[_Request]) -> None:
-    """Answer the requests, those of equal settings together; an error goes to those who are still waiting."""
+def _answer(target: LocalTarget, waiting: Sequence[_Request]) -> None:
+    """Answer the requests, those of equal settings that need the same adapter together; an error goes to those who are
+    still waiting."""
     from trimtab.generate.schedule import Prompt
 
     groups: dict[str, list[_Request]] = defaultdict(list)
     for request in waiting:
         if request.future.set_running_or_notify_cancel():
-            groups[digest(request.sampling.plain())].append(request)
+            groups[digest([target.adapted.state(request.mode), request.sampling.plain()])].append(request)
     for group in groups.values():
         prompts = [Prompt(request.ids, request.seed, str(number)) for number, request in enumerate(group)]
         found: dict[int, list[Output]] = defaultdict(list)
         try:
-            for batch in engine.generate(prompts, group[0].sampling):
-                for output in batch:
-                    found[output.index].append(output)
-                    if len(found[output.index]) == group[0].sampling.samples:
-                        mine = sorted(found.pop(output.index), key=lambda one: one.sample)
-                        group[output.index].future.set_result(mine)
+            with target.live(group[0].mode):
+                for batch in target.engine.generate(prompts, group[0].sampling):
+                    for output in batch:
+                        found[output.index].append(output)
+                        if len(found[output.index]) == group[0].sampling.samples:
+                            mine = sorted(found.pop(output.index), key=lambda one: one.sample)
+                            group[output.index].future.set_result(mine)
         except Exception as error:
             for request in group:
                 if not request.future.done():

@@ -3,6 +3,8 @@
 ``chats`` builds the rows, renders each as it is and (where the prefix lever is pulled) with its sentence, and decides which
 examples share a row, reserving for each the longer of its two forms. ``packed`` only chooses between the two forms and
 masks. So ratios share all that is slow, see the same examples in the same step, and differ in nothing but the prefixes.
+
+With ``modes.shared`` the rows go tree by tree: the answers to one prompt share its copy in a packed row (``data.tree``).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from trimtab.data import sources
 from trimtab.data.pack import Bins, Examples, bin_examples, fill_rows, offsets
 from trimtab.data.render import Rendered, Renderer
 from trimtab.data.store import RowStore
+from trimtab.data.tree import Trees, firsts, grow, tails
 from trimtab.errors import UserError
 from trimtab.levers.boilerplate import StripConfig, strip_rows
 from trimtab.levers.modes import DECOY, FALLBACK, MODES, ModesConfig, Switch, admit, mode_rows
@@ -48,11 +51,15 @@ ROWS = "rows.jsonl"
 DISTILLED = "rows.jsonl"
 """Of a ``distill`` step: the rows that it kept."""
 PLACES = "places.npz"
-"""Of every example: its packed row (-1: left out), first token, number of tokens, and whether it carries its sentence."""
+"""Of every example: its packed row (-1: left out), first token, number of tokens, and whether it carries its sentence; with
+shared prompts also how many tokens of its prompt stand elsewhere in the row (``skip``), and where (``prompt``)."""
 
 
 def run_chats(context: Context) -> None:
-    """Write ``rows.jsonl`` (the base chats in order, each with the sentence that it may carry) and ``forms.npz``."""
+    """Write ``rows.jsonl`` (the base chats in order, each with the sentence that it may carry) and ``forms.npz``.
+
+    Where prompts are shared, the order is that of the trees.
+    """
     check_unchanged(context)
     config = context.step.config
     modes = ModesConfig.model_validate(config["modes"]) if config["modes"] else None
@@ -77,13 +84,22 @@ def run_chats(context: Context) -> None:
             opened.append(renderer.row(with_prefix(told, sentence, prefix), controls=wanted, controls_at=switch.at))
         if number % 100 == 0:
             context.progress({"step": number, "total": len(rows)})
+    trees: Trees | None = None
+    if modes is not None and modes.shared:
+        assert prefix is None, "a recipe refuses both at once"
+        trees = grow(Examples.of(plain), config["length"])
+        rows, plain = ([part[i] for i in trees.order.tolist()] for part in (rows, plain))
     able = np.array([sentence is not None for sentence in sentences], bool)
     before, after = Examples.of(plain), Examples.of(opened)
     reserved = before.sizes.copy()
     reserved[able] = np.maximum(reserved[able], after.sizes)
-    bins = bin_examples(reserved, config["length"], learns=before.learns())
+    if trees is None:
+        bins = bin_examples(reserved, config["length"], learns=before.learns())
+    else:
+        bins = trees.bins(before, config["length"])
     names = [part["name"] for part in config["data"]]
     kinds = list(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
+    shared: dict[str, Any] = {} if trees is None else {"skip": trees.skip}
     np.savez(
         context.draft.path / FORMS,
         row=bins.row,
@@ -91,6 +107,7 @@ def run_chats(context: Context) -> None:
         id=np.array([row.id for row in rows], np.str_),
         sentence=np.array([-1 if s is None else kinds.index(s) for s in sentences], np.int16),
         source=np.array([names.index(row.metadata["part"]) for row in rows], np.int16),
+        **shared,
         **{f"{form}_{name}": getattr(examples, name) for form, examples in (("plain", before), ("opened", after))
            for name in ("ids", "trained", "span", "ends")},
     )  # fmt: skip
@@ -129,7 +146,10 @@ def run_packed(context: Context) -> None:
     examples = _chosen(forms, able, carry, prefix)
     bins = Bins(forms["row"], facts["packed_rows"], facts["packing"])
     names = [part["name"] for part in asked["data"]]
-    packed = fill_rows(examples, bins, asked["length"], forms["source"], pad_id=facts["pad"])
+    skip = forms.get("skip")
+    if skip is not None:
+        examples = tails(examples, skip)
+    packed = fill_rows(examples, bins, asked["length"], forms["source"], pad_id=facts["pad"], begin=skip)
     store = RowStore.write(
         context.draft.path / "store",
         packed,
@@ -138,7 +158,9 @@ def run_packed(context: Context) -> None:
         tokenizer=facts["tokenizer"],
         meta={"controls": facts["controls"], "switch": facts["switch"], "base": facts["base"]},
     )
-    np.savez(context.draft.path / PLACES, row=bins.row, at=offsets(examples, bins), size=examples.sizes, carry=carry)
+    at = offsets(examples, bins)
+    shared: dict[str, Any] = {} if skip is None else {"skip": skip, "prompt": at[firsts(skip)]}
+    np.savez(context.draft.path / PLACES, row=bins.row, at=at, size=examples.sizes, carry=carry, **shared)
     drawn = forms["sentence"][carry & (bins.row >= 0)]
     context.draft.facts = {
         "rows": len(able),
@@ -182,20 +204,7 @@ def build_rows(
     rows: list[Row] = []
     for data in config["data"]:
         part = ChatSource.model_validate({k: v for k, v in data.items() if k != "content"})
-        if part.tidewater is not None:
-            assert part.n is not None
-            found = [
-                replace(row, mode=None)
-                for row in town.chats(part.tidewater, part.n, mode=part.answers, policy=part.policy)
-            ]
-        elif part.stage is not None:
-            found = distilled_rows((distilled or {})[f"distill:{part.stage}"])[: part.n]
-        else:
-            assert part.source is not None
-            found = list(sources.rows(part.source))
-            if part.n is not None and part.n > len(found):
-                raise UserError(f"data {part.name!r}: n={part.n}, but the source has only {len(found)} rows; lower 'n'")
-            found = found[: part.n]
+        found = part_rows(part, town, distilled, field="data")
         rows += [replace(row, metadata={**row.metadata, "part": part.name}) for row in found]
     counted: dict[str, Any] = {}
     strip = (config["prefix"] or {}).get("strip")
@@ -211,6 +220,25 @@ def build_rows(
         rows = list(made)
         rows.sort(key=lambda row: uniform_of("order", seed, row.id))
     return rows, counted
+
+
+def part_rows(
+    part: ChatSource, town: Tidewater, distilled: Mapping[str, Artifact] | None = None, *, field: str
+) -> list[Row]:
+    """The rows of one part of a data set, as they come. ``UserError`` that begins with ``field`` if there are fewer than
+    its ``n``."""
+    if part.tidewater is not None:
+        assert part.n is not None
+        chats = town.chats(part.tidewater, part.n, mode=part.answers, policy=part.policy)
+        return [replace(row, mode=None) for row in chats]
+    if part.stage is not None:
+        found, origin = distilled_rows((distilled or {})[f"distill:{part.stage}"]), f"stage {part.stage!r}"
+    else:
+        assert part.source is not None
+        found, origin = list(sources.rows(part.source)), "the source"
+    if part.n is not None and part.n > len(found):
+        raise UserError(f"{field} {part.name!r}: n={part.n}, but {origin} has only {len(found)} rows; lower 'n'")
+    return found[: part.n]
 
 
 def _chosen(

@@ -7,13 +7,10 @@ killed run keeps what it has; the finished files equal an uninterrupted run's.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.artifact import write_atomic
 from trimtab.errors import UserError
 from trimtab.evaluate import files
 from trimtab.evaluate.judges.choose import JudgeConfig
@@ -24,23 +21,10 @@ from trimtab.levers.prefix import PrefixConfig, force_prefix
 from trimtab.machine import library_versions
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model, start_switch
+from trimtab.study.steps.answering import Told, keep_only_ours, move_stages
+from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
-
-
-class _Told:
-    """Stages told to the step's own progress."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        yield
-
-    def update(self, finished: int, total: int, note: str, **more: Any) -> None:
-        self.context.progress({"step": finished, "total": total, "note": note, **more})
 
 
 def run_generate(context: Context) -> None:
@@ -57,7 +41,7 @@ def run_generate(context: Context) -> None:
     prompting = config.get("prompting", "chat")
     target = LocalTarget(
         model, tokenizer, name=context.step.name, identity=name, prompting=prompting, world=town,
-        switch=start_switch(context),
+        switch=start_switch(context), adapters=start_adapters(context),
     )  # fmt: skip
     try:
         modes = target.modes(config["modes"])
@@ -72,15 +56,15 @@ def run_generate(context: Context) -> None:
     if prefix is not None:
         asked["prefix"] = config["prefix"]
     facts = {"config": asked, "model": model_facts(target, config["system"], modes), "versions": library_versions()}
-    _keep_only_ours(context, digest(facts))
-    stages = _Told(context)
+    keep_only_ours(context, digest(facts))
+    stages = Told(context)
     write_prompts(context.work, facts, rows)
     attacks = [attack["name"] for attack in config["attacks"]]
     rows += attack_stage(context.work, facts, rows, attacks, target, town, config["seed"], modes[0], stages)
     path = files.stage_path(context.work, files.GENERATIONS)
     resumed = path.exists() and path.read_bytes().count(b"\n") > 1
     answers = answer_stage(context.work, facts, rows, modes, sampling, config["seed"], target, stages)
-    _move(context, files.PROMPTS, files.ATTACKS, files.GENERATIONS)
+    move_stages(context, files.PROMPTS, files.ATTACKS, files.GENERATIONS)
     context.draft.tokens = sum(len(g.ids) for g in answers)
     context.draft.facts = {
         "shape": context.step.shape,
@@ -90,25 +74,8 @@ def run_generate(context: Context) -> None:
     }
 
 
-def _keep_only_ours(context: Context, identity: str) -> None:
-    """Drop what a killed run left under other facts (another version of a library, say): it would not be this run's."""
-    mark = context.work / "facts"
-    if not mark.exists() or mark.read_text() != identity:
-        for path in context.work.glob("*.jsonl"):
-            path.unlink()
-        write_atomic(mark, identity)
-
-
 def _tasks(config: Mapping[str, Any]) -> list[TaskConfig]:
     return [TaskConfig.model_validate({k: v for k, v in task.items() if k != "content"}) for task in config["tasks"]]
-
-
-def _move(context: Context, *stages: str) -> None:
-    """Finished files from the working directory into the artefact."""
-    for stage in stages:
-        path = files.stage_path(context.work, stage)
-        if path.exists():
-            shutil.copyfile(path, context.draft.path / path.name)
 
 
 def run_judge(context: Context) -> None:
@@ -117,7 +84,7 @@ def run_judge(context: Context) -> None:
     asked = context.inputs["answers"].manifest["config"]
     town = Tidewater(TidewaterConfig.model_validate(asked["world"]))
     judge = JudgeConfig.model_validate(context.step.config["judge"])
-    _keep_only_ours(context, digest([context.step.id, library_versions()]))
-    records = judge_stage(answers, context.work, judge, context.step.config["max_unscored"], town, _Told(context))
-    _move(context, files.JUDGEMENTS, files.METRICS)
+    keep_only_ours(context, digest([context.step.id, library_versions()]))
+    records = judge_stage(answers, context.work, judge, context.step.config["max_unscored"], town, Told(context))
+    move_stages(context, files.JUDGEMENTS, files.METRICS)
     context.draft.facts = {"judges": sorted({r.verdict.judge for r in records}), "answers": len(records)}
