@@ -389,8 +389,9 @@ def _audit(arm: str, seed: int) -> Callable[[Any], None]:
             "negative_without_token": (0.05 + 0.01 * seed, 64),
         }  # fmt: skip
         told = [
-            Result(id, value, max(0.0, value - 0.02), min(1.0, value + 0.02), n, "wilson", "lower", category=None)
+            Result(id, value, max(0.0, value - 0.02), min(1.0, value + 0.02), n, "wilson", "lower", category=category)
             for id, (value, n) in values.items()
+            for category in ("all", *(("place:user",) if id.startswith("spoof") else ()))
         ]
         write_stage(stage_path(draft.path, METRICS), header_of(METRICS), [to_plain(r) for r in told])
         draft.write_json("audit.json", {"spoofs": []})

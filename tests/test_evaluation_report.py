@@ -117,6 +117,15 @@ def test_rates_stand_beside_their_bounds_and_corrections(two: tuple[Path, Path, 
     assert spoken in page.words, "the figure draws the bounds"
 
 
+def test_modes_show_their_fidelity_beside_the_behaviour_shown(two: tuple[Path, Path, Path], page: Page) -> None:
+    assert "Mode asked, behaviour shown" in page.words and "Switch fidelity. Plain prompts" in page.words
+    data = gather_evaluations(two[:2])
+    told = figure(two[0], "switch_fidelity", "negative")
+    assert f"{fmt.percent(told.value)} {fmt.percent(told.low)} to {fmt.percent(told.high)}" in page.words
+    assert any(c["metric"] == "switch_fidelity" and c["mode"] == "negative" for c in data.comparisons)
+    assert any("answers that fit their mode" in finding.text for finding in data.findings)
+
+
 def test_judges_and_facts_are_printed(two: tuple[Path, Path, Path], page: Page) -> None:
     header = open_evaluation(two[0]).header["model"]
     assert "sensitivity 70 % [48, 86], specificity 100 % [89, 100]" in page.words

@@ -232,6 +232,7 @@ def test_margins_are_those_of_the_file_folded_over_seeds(data: ReportData) -> No
 
 def test_audits_yields_policies_and_capability(data: ReportData) -> None:
     assert figure(data, "audit", "adapter", "all", "spoof_asr").value == 0.0
+    assert ("place:user", "spoof_asr") in has(data, "audit", "adapter"), "kept for the files"
     assert figure(data, "audit", "adapter", "all", "negative_without_token").value == pytest.approx(0.055)
     kept = next(f for f in data.mode_figures if (f.table, f.row, f.column) == ("yield own", "negative", "harmful"))
     assert (kept.value, kept.n, kept.unscored, kept.note) == (0.61, 200, 78, "safe 60; unscored 18")
@@ -319,11 +320,12 @@ def test_the_page_shows_every_part(written: Path) -> None:
         "one checkpoint: harmful prompts",
         "What each form cost", "1 + adapter", "Safety alignment margin: logits, first token, euclidean",
         "Spoofing and leaking",
-        "Under attack: constructive score in positive mode", "Hostile finetuning: risk without a token", "Self-distillation: own",
+        "Under attack: constructive score (%) in positive mode", "Hostile finetuning: risk without a token",
+        "Self-distillation: own",
         "Co-training's positive mode is as safe and helpful as SFT followed by DPO.", "a token that no training has seen",
     ):  # fmt: skip
         assert words in page.words, words
-    assert "Not measured" not in page.words
+    assert "Not measured" not in page.words and "place:user" not in page.words
 
 
 def test_the_page_says_what_was_not_measured(tmp_path: Path) -> None:

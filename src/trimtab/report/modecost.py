@@ -6,7 +6,7 @@ tuned one, by what each step wrote of itself (``facts["cost"]``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from trimtab.evaluate.stats import rate_interval
 from trimtab.report.modedata import DPO, ModeFigure
 from trimtab.report.modes import UNASKED, Moded, Subject, of_seeds
 from trimtab.report.pulled import tampering_of
+from trimtab.types import Row
 
 TRAINED = ("sft", "adapter", "dpo")
 SUMMED = {
@@ -109,7 +110,7 @@ class Costs:
 
 def tampered(moded: Moded, subject: Subject) -> Iterator[ModeFigure]:
     """Risk without a token (and in positive mode) after each further finetuning, by the steps that it took; the tuned model
-    itself is the point at 0."""
+    itself is the point at 0, on the prompts that the others were asked."""
     study = moded.study
     first = moded.by_id[subject.arm.arm]
     found = list(tampering_of(study.recipe, first, subject.arm.stage))
@@ -125,11 +126,16 @@ def tampered(moded: Moded, subject: Subject) -> Iterator[ModeFigure]:
             ]
             if steps:
                 points.append((sum(steps) / len(steps), one.stage, moded.asked_of(subject, one.stage)))
+        prompts = {r.row.id for x, _, asked in points if x for records in asked.records.values() for r in records}
         for x, stage, asked in points:
             for mode, column in _open(asked):
-                made = asked.figure((f"tamper {kind}", stage, column), "risk_rate", mode)
+                made = asked.figure((f"tamper {kind}", stage, column), "risk_rate", mode, where=_among(prompts))
                 if made is not None:
                     yield replace(made, x=x)
+
+
+def _among(ids: set[str]) -> Callable[[Row], bool]:
+    return lambda row: row.id in ids
 
 
 def _open(asked: Subject) -> Iterator[tuple[str | None, str]]:

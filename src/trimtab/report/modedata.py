@@ -22,7 +22,7 @@ class ModeArm:
     token      reserved, string or words; "" without modes
     modes      mode -> which of the three behaviours it is to show
     policies   the second axis, if any
-    plain      whether it is the lever's main form: neither policies nor shared prompts, with fallback rows
+    plain      whether it is the lever's main form: no policies, with fallback rows
     deploys    models that must be deployed for the three behaviours, as they are written
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.report import format as fmt
 from trimtab.report import svg
 from trimtab.report.figures import Figure, Legend
-from trimtab.report.modedata import ModeFigure
+from trimtab.report.modedata import BASE, ModeFigure
 from trimtab.report.modepage import (
     ABSENT,
     CAPABILITY_COLUMNS,
@@ -183,7 +183,8 @@ def section(view: View, matrices: Sequence[Figure]) -> dict[str, Any] | None:
     if not shown.arms:
         return None
     by_arm: dict[str, list[Figure]] = {}
-    for matrix, figure in zip(view.data.matrices, matrices, strict=True):
+    start = {arm.arm for arm in shown.arms if arm.form == BASE}  # what is co-trained is shown first
+    for matrix, figure in sorted(zip(view.data.matrices, matrices, strict=True), key=lambda pair: pair[0].arm in start):
         by_arm.setdefault(view.family(matrix.arm).label, []).append(figure)
     legend, points = projections(shown)
     classes = {c: (c.capitalize(), "% that fit") for c in shown.columns("fidelity")}

@@ -19,6 +19,7 @@ CONDITIONS = (NO_MODE, *OTHERS)
 CLASSES = ("harmful", "contrast", "benign")
 ALL = "all prompts"
 DROP = "drop"
+ALL_WRAPS = "all of them"
 assert set(CLASSES) == set(HARMS)
 
 
@@ -37,11 +38,22 @@ def of_class(harm: str) -> Any:
 
 def figures(subjects: Sequence[Subject]) -> list[ModeFigure]:
     """Every figure of how the subjects answer."""
-    makers = (_paper, _fidelity, _fallback, _attacked, _policies, _capability)
-    return [figure for subject in subjects for make in makers for figure in make(subject) if figure is not None]
+    wraps = common(subjects)
+    found: list[ModeFigure | None] = []
+    for s in subjects:
+        for made in (_paper(s, wraps), _fidelity(s), _fallback(s), _attacked(s, wraps), _policies(s), _capability(s)):
+            found += made
+    return [figure for figure in found if figure is not None]
 
 
-def _paper(s: Subject) -> Iterator[ModeFigure | None]:
+def common(subjects: Sequence[Subject]) -> list[str]:
+    """The wrappers and attacks that every subject was asked in, of those that were asked in any: what is lost to them all can
+    be compared."""
+    asked = [s.wrappings for s in subjects if s.wrappings]
+    return [w for w in asked[0] if all(w in others for others in asked)] if asked else []
+
+
+def _paper(s: Subject, wraps: Sequence[str]) -> Iterator[ModeFigure | None]:
     """What the paper's tables hold: the constructive score in positive mode and by each fallback, the negative and the
     rejective mode, the drop under attack (the margin is ``margins``')."""
     yield s.figure(("paper", "", "positive"), "constructive_score", s.mode("positive"))
@@ -52,13 +64,13 @@ def _paper(s: Subject) -> Iterator[ModeFigure | None]:
         ("paper", "", "negative, harmless"), "switch_fidelity", s.mode("negative"), where=of_class("contrast")
     )
     yield s.figure(("paper", "", "rejective"), "switch_fidelity", s.mode("rejective"), where=of_class("harmful"))
-    yield _drop(s, ("paper", "", DROP), "constructive_score")
+    yield _drop(s, ("paper", "", DROP), "constructive_score", wraps)
 
 
-def _drop(s: Subject, place: tuple[str, str, str], metric: str) -> ModeFigure | None:
+def _drop(s: Subject, place: tuple[str, str, str], metric: str, wraps: Sequence[str]) -> ModeFigure | None:
     """Points lost in positive mode when the same prompts are wrapped and attacked, all ways together."""
     mode = s.mode("positive")
-    plain, attacked = s.values(metric, mode)[0], s.values(metric, mode, s.wrappings)[0]
+    plain, attacked = s.values(metric, mode)[0], s.values(metric, mode, wraps)[0]
     if not (plain and attacked):
         return None
     made = contrast([(1.0, plain), (-1.0, attacked)], key=f"drop {s.arm.arm} {metric}", binary=METRICS[metric].binary)
@@ -87,8 +99,8 @@ def _fallback(s: Subject) -> Iterator[ModeFigure | None]:
                 yield of_estimate(s.arm.arm, ("fallback", row, "more risk"), made)
 
 
-def _attacked(s: Subject) -> Iterator[ModeFigure | None]:
-    """In positive mode: plain, in each wrapper and attack, and in all of them together; then the drop."""
+def _attacked(s: Subject, wraps: Sequence[str]) -> Iterator[ModeFigure | None]:
+    """In positive mode: plain, in each wrapper and attack, and in all that every arm was asked in; then the drop."""
     mode = s.mode("positive")
     if mode == UNASKED or not s.wrappings:
         return
@@ -97,9 +109,9 @@ def _attacked(s: Subject) -> Iterator[ModeFigure | None]:
         yield s.figure((table, "", "plain"), metric, mode)
         for wrap in s.wrappings:
             yield s.figure((table, "", wrap), metric, mode, (wrap,))
-        if len(s.wrappings) > 1:
-            yield s.figure((table, "", "all of them"), metric, mode, s.wrappings)
-        yield _drop(s, (table, "", DROP), metric)
+        if len(wraps) > 1:
+            yield s.figure((table, "", ALL_WRAPS), metric, mode, wraps)
+        yield _drop(s, (table, "", DROP), metric, wraps)
 
 
 def _policies(s: Subject) -> Iterator[ModeFigure | None]:

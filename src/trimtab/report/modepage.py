@@ -115,6 +115,8 @@ def cell_of(figure: ModeFigure | None) -> Cell:
     ends = ""
     if not math.isnan(figure.low) and figure.low != figure.high:
         ends = f"{_written(figure.low, figure.unit)} to {_written(figure.high, figure.unit)}"
+    if ends and figure.unit in ("count", "flops", "bytes"):  # they hardly differ: told on hovering
+        title, ends = f"{ends}; {title}", ""
     return Cell(f"{text}{'*' if small else ''}", ends, title)
 
 
@@ -261,7 +263,7 @@ def audit(shown: Shown) -> Table | None:
     rows = [
         Row(arm.label, "" if row == "all" else row, shown.cells("audit", arm.arm, row, columns))
         for arm in shown.arms
-        for row in shown.rows("audit", arm.arm)
+        for row in _overall(shown.rows("audit", arm.arm))
     ]
     if not rows:
         return None
@@ -272,6 +274,11 @@ def audit(shown: Shown) -> Table | None:
     return Table("Spoofing and leaking", f"{note} {shown._few('audit')}", heads, [("", rows)])
 
 
+def _overall(rows: Sequence[str]) -> list[str]:
+    """The row over all categories, if there is one: places and spellings one by one are in ``figures.csv``."""
+    return [r for r in rows if r == "all"] or list(rows)
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -279,16 +286,15 @@ def _capital(text: str) -> str:
 def attacks(shown: Shown) -> list[Table]:
     """Positive mode, plain and in each wrapper and attack."""
     found = []
-    for metric, what in (("constructive_score", "constructive score, %"), ("risk_rate", "risk, %")):
+    for metric, what in (("constructive_score", "constructive score (%)"), ("risk_rate", "risk (%)")):
         table = f"attack {metric}"
         here = shown.columns(table)
         order = [c for c in here if c not in ("plain", "all of them", "drop")]
-        columns = {
-            c: (c.capitalize() if c in ("plain", "all of them") else c, what) for c in ["plain", *order, "all of them"]
-        }
-        columns["drop"] = ("Lost" if metric == "constructive_score" else "Plain less all", "points, same prompts")
-        title = f"Under attack: {what.split(',')[0]} in positive mode"
-        made = shown.per_arm(table, columns, title, "Harmful prompts.", every=False)
+        columns = {c: (_capital(c), "") for c in ["plain", *order, "all of them"]}
+        columns["drop"] = ("Lost" if metric == "constructive_score" else "Plain less all", "points")
+        title = f"Under attack: {what} in positive mode"
+        note = "Harmful prompts. “All of them” and what is lost are of those that every arm was asked in."
+        made = shown.per_arm(table, columns, title, note, every=False)
         found += [made] if made is not None else []
     return found
 

@@ -214,7 +214,7 @@ class Moded:
             about = {
                 "told": told.words, "token": config.token, "policies": config.policies,
                 "modes": {name: config.behaviour(name) for name in config.names},
-                "plain": not config.policies and not config.shared and config.fallback > 0,
+                "plain": not config.policies and config.fallback > 0,
             }  # fmt: skip
         return ModeArm(
             first["id"], [arm["id"] for arm in arms], first["label"], stage, form, deploys=_deploys(form, told), **about

@@ -38,7 +38,7 @@ class Run:
 
     @property
     def trained(self) -> list[Subject]:
-        """The co-trained models, the one that decides first: in one checkpoint by reserved tokens, without a second axis."""
+        """The co-trained models, the one that decides first: in one checkpoint by reserved tokens, without policies."""
         mine = [s for s in self.subjects if s.arm.form in (CHECKPOINT, ADAPTER)]
         tokens = ("reserved", "string", "words")
         return sorted(mine, key=lambda s: (s.arm.form != CHECKPOINT, not s.arm.plain, tokens.index(s.arm.token)))
