@@ -117,6 +117,7 @@ MODES_SHRINK = [
     "stages.searched.attacks=['gcg:2:8']",
     *(f"stages.{panel}.decoders.greedy.sampling.max_new_tokens=8" for panel in _PANELS),
     "stages.margin.bootstrap=50",
+    "stages.margin.layers=[1, 2]",
     "stages.audit.leaks=8",
     "stages.audit.max_new_tokens=8",
 ]
@@ -279,7 +280,7 @@ def test_the_mode_study_shrunk_its_bundle_and_what_is_done_with_it(desk: Desk) -
     shrink = [*MODES_SHRINK, f"arms={json.dumps(kept)}", "stages.audit.spoofs=200"]
     said = desk.say(MODES, shrink)
     results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
-    assert {r["metric"] for r in results["results"]} >= {"switch_fidelity", "cosa_score", "spoof_asr", "leak_mass"}
+    assert {f["table"] for f in results["mode_figures"]} >= {"cost", "margin", "audit", "attack risk_rate"}
     assert results["claims"] and results["mode_arms"]
     assert "nothing to do" in desk.say(MODES, shrink)
     done = [line for line in commands() if line.split()[1] in ("export", "chat", "audit")]
@@ -316,7 +317,7 @@ def test_real_model_shrunk(desk: Desk) -> None:
     results = json.loads((desk.root / said.splitlines()[-1]).with_name("results.json").read_text())
     assert {arm["label"] for arm in results["arms"]} == {"SmolLM2 as released", "SFT", "one checkpoint"}
     assert {r["mode"] for r in results["results"]} >= {"positive", "rejective"}
-    assert {r["metric"] for r in results["results"]} >= {"refusal_rate", "spoof_asr"}
+    assert {f["table"] for f in results["mode_figures"]} >= {"margin", "audit"}
     assert "nothing to do" in desk.say(REAL, REAL_SHRINK)
 
 
