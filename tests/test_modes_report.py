@@ -385,3 +385,16 @@ def test_one_prompt_in_its_wrappers_is_one_prompt(study: Path) -> None:
     prompts = {prompt_of(r) for r in records if r.row.harm == "harmful"}
     assert len(prompts) == 8 and {wrapping(r.row) for r in records} == {"", "roleplay", "misspelling"}
     assert len(CONDITIONS) == 5 and LEVERS["SFT"] is None
+
+
+def test_a_stage_that_starts_from_a_loaded_model_finetunes_no_tuned_one() -> None:
+    recipe = {
+        "stages": {
+            "tuned": {"kind": "sft", "model": {"load": "some/model"}, "modes": {"fallback": 0.0}},
+            "other": {"kind": "sft", "model": {"load": "some/model"}},
+            "after": {"kind": "sft", "model": "tuned"},
+        },
+        "arms": [{"name": "mode", "set": {}, "sweep": {}, "stages": None}],
+    }
+    arm = {"group": "mode", "settings": {}, "stages": {"tuned": "a", "other": "b", "after": "c"}}
+    assert [tamper.stage for tamper in tampering_of(recipe, arm, "tuned")] == ["after"]

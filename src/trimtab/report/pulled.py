@@ -244,7 +244,10 @@ def tampering_of(recipe: Json, arm: Json, tuned: str) -> Iterator[Tamper]:
     stages = arm_stages(recipe, arm)
     chains: dict[str, tuple[tuple[str, ...], bool]] = {tuned: ((), False)}
     for name, stage in stages.items():
-        if stage["kind"] == "sft" and name != tuned and _lever(stage) is None and stage["model"] in chains:
-            before, hostile = chains[stage["model"]]
+        model = stage.get("model")
+        if stage["kind"] != "sft" or name == tuned or _lever(stage) is not None or not isinstance(model, str):
+            continue
+        if model in chains:
+            before, hostile = chains[model]
             chains[name] = (*before, name), hostile or _hostile(stage)
             yield Tamper(name, *chains[name])
