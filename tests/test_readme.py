@@ -11,7 +11,7 @@ How each command is tested:
   the real model with the cut REAL_SHRINK.
 - `trimtab eval ...` runs with the tour's shrunk model in the place of SmolLM2, Tidewater's hazards in that of HarmBench and the
   cuts EVAL_SHRINK; `trimtab view`, `compare` and `tasks` then run as written.
-- `trimtab run recipes/modes.yaml ...` runs with four of its arms and the cuts MODES_SHRINK; `trimtab export`, `chat` and
+- `trimtab run recipes/modes.yaml ...` runs with three of its arms and the cuts MODES_SHRINK; `trimtab export`, `chat` and
   `audit` then run as written.
 - `make ...` is a dry run: what it would do after the installation must be named on the page. It is not executed.
 - `pip install ...` is not executed: its extras must exist.
@@ -121,7 +121,7 @@ MODES_SHRINK = [
     "stages.audit.leaks=8",
     "stages.audit.max_new_tokens=8",
 ]
-"""The mode study's cut of a cut: four arms and every kind of step but the distilling, which a hardly trained model cannot do."""
+"""The mode study's cut of a cut: three arms and every kind of step but the distilling, which a hardly trained model cannot do."""
 VERBS = ("chat", "export", "audit", "run", "plan", "world", "report", "eval", "view", "compare", "data")
 EVAL_SHRINK = ["--limit", "3", "--max-new-tokens", "4", "--set", "max_unscored=1"]
 """What `trimtab eval` is cut to; an answer of four tokens of a model that was hardly trained says nothing."""
@@ -274,7 +274,7 @@ def test_the_prefix_study_shrunk_and_its_rows(desk: Desk) -> None:
 
 def test_the_mode_study_shrunk_its_bundle_and_what_is_done_with_it(desk: Desk) -> None:
     raw = yaml.safe_load((ROOT / "recipes" / "modes.yaml").read_text(encoding="utf-8"))
-    kept = [arm for arm in raw["arms"] if arm["name"] in ("sft", "dpo", "mode", "adapter")]
+    kept = [arm for arm in raw["arms"] if arm["name"] in ("sft", "dpo", "adapter")]
     for arm in kept:
         arm["set"] = {k: v for k, v in (arm.get("set") or {}).items() if k != "stages.audit.spoofs"}
     shrink = [*MODES_SHRINK, f"arms={json.dumps(kept)}", "stages.audit.spoofs=200"]
