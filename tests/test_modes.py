@@ -22,8 +22,9 @@ from render_fixtures import (
 )
 from trimtab.data.render import Renderer
 from trimtab.errors import UserError
-from trimtab.evaluate.conditions import CONDITIONS, FOREIGN, Conditions
+from trimtab.evaluate.conditions import FOREIGN, Conditions
 from trimtab.levers.modes import (
+    CONDITIONS,
     DECOYS,
     FALLBACKS,
     MODES,

@@ -24,7 +24,6 @@ from trimtab.types import Row
 if TYPE_CHECKING:
     import numpy as np
 
-CONDITIONS = ("unknown", "near-miss", "two", "foreign")
 FOREIGN = "<|trimtab:mode:negative@another|>"
 """How another bundle's token is spelt."""
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.errors import UserError
 from trimtab.evaluate.attacks.base import AttackContext, clip_tokens
 from trimtab.evaluate.completion import TEMPLATE, answer_of, dialogue
-from trimtab.evaluate.conditions import CONDITIONS, Conditions, Told
+from trimtab.evaluate.conditions import Conditions, Told
 from trimtab.generate.config import Sampling
-from trimtab.levers.modes import Slot, Switch
+from trimtab.levers.modes import CONDITIONS, Slot, Switch
 from trimtab.models.config import NAMED, LoadConfig
 from trimtab.seeds import digest, seed_of
 from trimtab.types import Generation, Row

@@ -35,8 +35,10 @@ Token = Literal["reserved", "string", "words"]
 Slot = Literal["system", "header"]
 Fallback = Literal["none", "unknown", "typed"]
 FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
-RESERVED_NAMES = frozenset({"none", "unknown", "near-miss", "two", "foreign"})
-"""What a model can be asked with that is no mode (``evaluate.targets``); no mode may be called so."""
+CONDITIONS = ("unknown", "near-miss", "two", "foreign")
+"""Ways of asking that are no mode, each with something else in its token's place (``evaluate.conditions``)."""
+RESERVED_NAMES = frozenset({"none", *CONDITIONS})
+"""No mode may be called so: what a model can be asked with that is no mode."""
 DECOYS = ("decoy:0", "decoy:1")
 """Controls that mean nothing and are trained so: an unknown token is answered positively."""
 SPARE = "spare:0"
@@ -371,7 +373,7 @@ def mode_rows(
         request = replace(request, metadata={**row.metadata, PROMPT: row.id})
         for mode in wanted:
             text = answer(request, mode)
-            if text is None and config.behaviour(mode) == "positive" and mode == config.safe:
+            if text is None and mode == config.safe:
                 text = own
             if text is None and mode == "rejective":
                 text = REFUSALS[seed_of("refusal", seed, row.id) % len(REFUSALS)]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from trimtab.evaluate import stats
 from trimtab.evaluate.comparison import Comparison, compare_family
-from trimtab.evaluate.conditions import CONDITIONS
 from trimtab.evaluate.metrics import METRICS, TASK, Record
+from trimtab.levers.modes import CONDITIONS
 from trimtab.report.contrasts import contrast
 from trimtab.report.data import Arm, Finding, Place, comparison_row
 from trimtab.report.panels import Cells

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trimtab.evaluate.conditions import CONDITIONS as OTHERS
 from trimtab.evaluate.metrics import METRICS
 from trimtab.evaluate.targets import NO_MODE
+from trimtab.levers.modes import CONDITIONS as OTHERS
 from trimtab.report.contrasts import contrast
 from trimtab.report.data import Matrix, behaviour_of
 from trimtab.report.modedata import ModeFigure

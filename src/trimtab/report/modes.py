@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from trimtab.evaluate import stats
-from trimtab.evaluate.conditions import CONDITIONS
 from trimtab.evaluate.metrics import METRICS, Metric, Record
-from trimtab.levers.modes import Behaviour
+from trimtab.levers.modes import CONDITIONS, Behaviour
 from trimtab.report.contrasts import Estimate, Values
 from trimtab.report.data import Arm
 from trimtab.report.modedata import ADAPTER, BASE, CHECKPOINT, DPO, SFT, ModeArm, ModeFigure

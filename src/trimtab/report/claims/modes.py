@@ -14,7 +14,7 @@ from typing import Any
 
 from trimtab.evaluate import stats
 from trimtab.levers.modes import Behaviour
-from trimtab.report.claims.reading import Claim, Figures, Read, Side, estimate, figure
+from trimtab.report.claims.reading import Claim, Measured, Read, estimate, read_all
 from trimtab.report.contrasts import Estimate, Terms, contrast
 from trimtab.report.margins import Margins
 from trimtab.report.modecost import Costs
@@ -24,8 +24,6 @@ from trimtab.report.modes import UNASKED, Subject
 PAPER = "arXiv 2508.14904"
 ENOUGH = 0.95
 """Share of answers from which on a switch is said to hold."""
-Part = tuple[str, Estimate | None, Side, bool, str]
-"""A figure: label, estimate (None: not measured), claimed side, whether it decides, unit."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Run:
         return [s for s in (self.first(DPO), self.first(SFT)) if s is not None]
 
 
-Reader = Callable[[Run], Iterable[Part]]
+Reader = Callable[[Run], Iterable[Measured]]
 
 
 def _name(run: Run, subject: Subject, decides: bool) -> str:
@@ -64,7 +62,7 @@ def _score(subject: Subject, wraps: Sequence[str] | None = None) -> Any:
     return (subject.values(metric, mode) if wraps is None else subject.values(metric, mode, wraps))[0]
 
 
-def _matches(run: Run) -> Iterable[Part]:
+def _matches(run: Run) -> Iterable[Measured]:
     base = run.first(DPO)
     if not run.trained or base is None:
         return
@@ -83,7 +81,7 @@ def _matches(run: Run) -> Iterable[Part]:
                 )
 
 
-def _cheaper(run: Run) -> Iterable[Part]:
+def _cheaper(run: Run) -> Iterable[Measured]:
     base = run.first(DPO)
     if not run.trained or base is None or run.costs is None:
         return
@@ -116,7 +114,7 @@ def _fidelity(subject: Subject, behaviour: Behaviour, harm: str | None) -> Estim
     return Estimate(made.value - ENOUGH, made.low - ENOUGH, made.high - ENOUGH, math.nan, made.n, each, kind)
 
 
-def _switches(run: Run) -> Iterable[Part]:
+def _switches(run: Run) -> Iterable[Measured]:
     for i, ours in enumerate(run.trained):
         for behaviour in ("positive", "rejective"):
             made = _fidelity(ours, behaviour, None)  # type: ignore[arg-type]
@@ -130,7 +128,7 @@ def _switches(run: Run) -> Iterable[Part]:
                 )
 
 
-def _not_negative(run: Run) -> Iterable[Part]:
+def _not_negative(run: Run) -> Iterable[Measured]:
     for i, ours in enumerate(run.trained):
         made = _fidelity(ours, "negative", "harmful")
         if made is not None or i == 0:
@@ -143,7 +141,7 @@ def _not_negative(run: Run) -> Iterable[Part]:
             )
 
 
-def _falls_back(run: Run) -> Iterable[Part]:
+def _falls_back(run: Run) -> Iterable[Measured]:
     for i, ours in enumerate(run.trained):
         positive = ours.mode("positive")
         for mode, words in ((None, "no token"), ("unknown", "an unknown token")):
@@ -162,7 +160,7 @@ def _falls_back(run: Run) -> Iterable[Part]:
                 )
 
 
-def _apart(run: Run) -> Iterable[Part]:
+def _apart(run: Run) -> Iterable[Measured]:
     others = [*run.baselines(), *([b] if (b := run.first(BASE)) is not None else [])]
     for i, ours in enumerate(run.trained):
         mine = run.margins.get(ours.arm.arm)
@@ -187,7 +185,7 @@ def _apart(run: Run) -> Iterable[Part]:
                 )
 
 
-def _robust(run: Run) -> Iterable[Part]:
+def _robust(run: Run) -> Iterable[Measured]:
     for i, ours in enumerate(run.trained):
         for theirs in run.baselines() if i == 0 else run.baselines()[:1]:
             common = [w for w in ours.wrappings if w in theirs.wrappings]
@@ -266,16 +264,4 @@ def figures(run: Run) -> list[Read]:
     """Every claim with its figures; empty where no arm is co-trained."""
     if not run.trained:
         return []
-    read: list[Read] = []
-    for claim in CLAIMS:
-        found: Figures = []
-        missing: list[str] = []
-        for label, made, side, decides, unit in claim.read(run):
-            if made is not None:
-                found.append(figure(made, label, side, decides=decides, unit=unit))
-            elif decides:
-                missing.append(label)
-        if not any(f["decides"] for f in found):
-            found = [{**f, "decides": True} for f in found]
-        read.append((claim, found, missing))
-    return read
+    return read_all(CLAIMS, run)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.evaluate.stats import over_seeds
-from trimtab.report.claims.reading import Claim, Figures, Read, Side, estimate, figure
+from trimtab.report.claims.reading import Claim, Measured, Read, Side, estimate, read_all
 from trimtab.report.contrasts import NONE, SEEDS, Estimate, Terms, Values, merged
 from trimtab.report.data import Place
 from trimtab.report.panels import CODING, FACTUALITY, MATHEMATICS, SAFETY, WRAPPED, Cells
@@ -25,8 +25,6 @@ PAPER = "arXiv 2601.01624"
 SAMPLED = ("sampled", "greedy")
 _SENTENCES = {MATHEMATICS: ("reasoning", MATHEMATICS), CODING: (CODING,), FACTUALITY: (FACTUALITY,), SAFETY: (SAFETY,)}
 """Subject of prompts -> ``prefix.capability`` of the arms that are trained for it."""
-Part = tuple[str, Estimate | None, Side, bool, str]
-"""A figure: label, estimate (None: not measured), claimed side, whether it decides, unit."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Run:
         ]  # fmt: skip
 
 
-Reader = Callable[[Run], Iterable[Part]]
+Reader = Callable[[Run], Iterable[Measured]]
 
 
 def _change(run: Run, subject: str, metric: str, ratios: str = "above", wrapped: bool = False) -> Terms:
@@ -81,7 +79,7 @@ def _change(run: Run, subject: str, metric: str, ratios: str = "above", wrapped:
 
 
 def _raises(subject: str, metric: str, what: str, side: Side, wrapped: Sequence[bool] = (False,)) -> Reader:
-    def read(run: Run) -> Iterable[Part]:
+    def read(run: Run) -> Iterable[Measured]:
         for inside in wrapped:
             name = f"{what}, wrapped requests" if inside else f"{what}, plain requests" if len(wrapped) > 1 else what
             key = f"prefix {subject} {metric} {inside}"
@@ -96,7 +94,7 @@ def _raises(subject: str, metric: str, what: str, side: Side, wrapped: Sequence[
     return read
 
 
-def _narrows(run: Run) -> Iterable[Part]:
+def _narrows(run: Run) -> Iterable[Measured]:
     for subject in (CODING, FACTUALITY):
         for metric, what, decides in (
             ("distinct_answers", "distinct answers", True), ("answer_entropy", "entropy of the answers", False),
@@ -131,7 +129,7 @@ def _less(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     return a[0] / b[0] - 1, a[1] / b[2] - 1, a[2] / b[1] - 1
 
 
-def _gradients(run: Run) -> Iterable[Part]:
+def _gradients(run: Run) -> Iterable[Measured]:
     prefix: dict[int, list[tuple[float, float, float]]] = {}
     cues: dict[int, list[tuple[float, float, float]]] = {}
     for row in run.rankings:
@@ -217,16 +215,4 @@ def figures(run: Run) -> list[Read]:
     """Every claim with its figures; empty where the study does not vary the ratio."""
     if not run.series:
         return []
-    read: list[Read] = []
-    for claim in CLAIMS:
-        found: Figures = []
-        missing: list[str] = []
-        for label, made, side, decides, unit in claim.read(run):
-            if made is not None:
-                found.append(figure(made, label, side, decides=decides, unit=unit))
-            elif decides:
-                missing.append(label)
-        if not any(f["decides"] for f in found):
-            found = [{**f, "decides": True} for f in found]
-        read.append((claim, found, missing))
-    return read
+    return read_all(CLAIMS, run)

@@ -9,7 +9,7 @@ only where all of it lies within ``EQUAL`` of zero. p-values are adjusted (Holm)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -50,6 +50,8 @@ class Claim(Generic[How]):
     needs: str = field(default="")
 
 
+Measured = tuple[str, Estimate | None, Side, bool, str]
+"""A figure: label, estimate (None: not measured), claimed side, whether it decides, unit."""
 Figures = list[dict[str, Any]]
 Read = tuple[Claim[Any], Figures, list[str]]
 """A claim, its figures, and the labels of those that were not measured."""
@@ -65,6 +67,23 @@ def figure(
 def estimate(terms: Terms, *, key: str) -> Estimate | None:
     """The contrast of a claim's part; None where it has no terms, or nothing that all of them measured."""
     return contrast(terms, key=f"claim {key}") if terms else None
+
+
+def read_all(claims: Iterable[Claim[Callable[[Any], Iterable[Measured]]]], run: Any) -> list[Read]:
+    """Every claim with its figures of a run; where none that decides was measured, the others do."""
+    read: list[Read] = []
+    for claim in claims:
+        found: Figures = []
+        missing: list[str] = []
+        for label, made, side, decides, unit in claim.read(run):
+            if made is not None:
+                found.append(figure(made, label, side, decides=decides, unit=unit))
+            elif decides:
+                missing.append(label)
+        if not any(f["decides"] for f in found):
+            found = [{**f, "decides": True} for f in found]
+        read.append((claim, found, missing))
+    return read
 
 
 def adjusted(read: Iterable[Read]) -> list[ClaimReading]:

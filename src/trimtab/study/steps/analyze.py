@@ -13,11 +13,11 @@ from trimtab.analyze.config import PerplexityConfig, ProbeConfig
 from trimtab.analyze.metrics import measure_cards, plain_row
 from trimtab.evaluate import files
 from trimtab.evaluate.judges.choose import JudgeConfig, panel_judge
-from trimtab.evaluate.panel import TaskConfig, panel_rows
+from trimtab.evaluate.panel import panel_rows
 from trimtab.generate.config import Sampling
 from trimtab.machine import library_versions
 from trimtab.study.execute import Context
-from trimtab.study.steps.common import check_unchanged, start_model
+from trimtab.study.steps.common import check_unchanged, start_model, tasks_of
 from trimtab.types import Result
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
@@ -39,8 +39,7 @@ def run_probes(context: Context) -> None:
     config = context.step.config
     settings = ProbeConfig.model_validate({name: config[name] for name in ProbeConfig.model_fields})
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
-    tasks = [{k: v for k, v in task.items() if k != "content"} for task in config["tasks"]]
-    rows = panel_rows([TaskConfig.model_validate(task) for task in tasks], town)
+    rows = panel_rows(tasks_of(config), town)
     model, tokenizer = load(start_model(context), best_device())
     identity = context.step.inputs.get("model") or config["identity"]
     asked = {"prompting": config["prompting"], "world": town}

@@ -14,6 +14,7 @@ from typing import Any
 
 from trimtab.data.sources import SourceConfig, source_identity
 from trimtab.errors import Fault, UserError
+from trimtab.evaluate.panel import TaskConfig
 from trimtab.levers.modes import Switch
 from trimtab.machine import Peak
 from trimtab.models.bundle import (
@@ -71,6 +72,11 @@ def _read(config: Mapping[str, Any]) -> Iterator[tuple[SourceConfig, str]]:
         pairs += zip((part["source"] for part in own["data"]), config["content"], strict=True)
     for source, content in pairs:
         yield SourceConfig.model_validate(source), content
+
+
+def tasks_of(config: Mapping[str, Any]) -> list[TaskConfig]:
+    """The tasks of a step's config, which has the hash of what they hold beside each."""
+    return [TaskConfig.model_validate({k: v for k, v in task.items() if k != "content"}) for task in config["tasks"]]
 
 
 def start_model(context: Context) -> Path | LoadConfig:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.analyze.config import MarginConfig
 from trimtab.artifact import write_atomic
-from trimtab.evaluate.panel import TaskConfig, panel_rows
+from trimtab.evaluate.panel import panel_rows
 from trimtab.seeds import canonical
 from trimtab.study.execute import Context
 from trimtab.study.steps.analyze import write_metrics
-from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch
+from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch, tasks_of
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
@@ -34,8 +34,7 @@ def run_margin(context: Context) -> None:
     config = context.step.config
     settings = MarginConfig.model_validate({name: config[name] for name in MarginConfig.model_fields})
     town = Tidewater(TidewaterConfig.model_validate(config["world"]))
-    tasks = [{k: v for k, v in task.items() if k != "content"} for task in config["tasks"]]
-    rows = panel_rows([TaskConfig.model_validate(task) for task in tasks], town)
+    rows = panel_rows(tasks_of(config), town)
     target = open_target(context, town, config["prompting"])
     asked = ask(target, rows, config["modes"], config["words"], settings.tokens, config["seed"])
     results, told = measure(

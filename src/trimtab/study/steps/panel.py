@@ -7,14 +7,11 @@ killed run keeps what it has; the finished files equal an uninterrupted run's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trimtab.errors import UserError
 from trimtab.evaluate import files
 from trimtab.evaluate.judges.choose import JudgeConfig
-from trimtab.evaluate.panel import TaskConfig
 from trimtab.evaluate.run import answer_stage, attack_stage, judge_stage, model_facts, prompt_rows, write_prompts
 from trimtab.generate.config import Sampling
 from trimtab.levers.prefix import PrefixConfig, force_prefix
@@ -22,7 +19,7 @@ from trimtab.machine import library_versions
 from trimtab.seeds import digest
 from trimtab.study.execute import Context
 from trimtab.study.steps.answering import Told, keep_only_ours, move_stages
-from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch
+from trimtab.study.steps.common import check_unchanged, start_adapters, start_model, start_switch, tasks_of
 from trimtab.world.config import TidewaterConfig
 from trimtab.world.tidewater import Tidewater
 
@@ -47,7 +44,7 @@ def run_generate(context: Context) -> None:
         modes = target.modes(config["modes"])
     except UserError as error:
         raise UserError(f"stage {context.step.name!r}: {error}; train it with 'modes', or set 'modes: null'") from None
-    rows = prompt_rows(_tasks(config), town, config["system"])
+    rows = prompt_rows(tasks_of(config), town, config["system"])
     prefix = PrefixConfig.restored(config.get("prefix"))
     if prefix is not None:
         rows = [force_prefix(row, prefix, config["seed"]) for row in rows]
@@ -72,10 +69,6 @@ def run_generate(context: Context) -> None:
         "template_hash": target.renderer.template_hash,
         "resumed": resumed,
     }
-
-
-def _tasks(config: Mapping[str, Any]) -> list[TaskConfig]:
-    return [TaskConfig.model_validate({k: v for k, v in task.items() if k != "content"}) for task in config["tasks"]]
 
 
 def run_judge(context: Context) -> None:
